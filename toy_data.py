@@ -12,6 +12,7 @@ Run `python toy_data.py` for a picture.
 """
 
 import itertools
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -210,3 +211,19 @@ def accuracies(images, scenes, granularity="macro"):
     shape_colour = same[:, 1] & (same[:, 0] if granularity != "micro" else always)
     right = {"layout": layout, "shape_colour": shape_colour, "texture": same[:, 2]}
     return right | {"joint": layout & shape_colour & same[:, 2], "residual": residual}
+
+
+@lru_cache
+def largest_real_residual(granularity, pixels, objects=1):
+    """Above this residual an image is "not a scene": the 99.9th percentile of real images, of both domains alike.
+
+    Their nuisance is drawn between the values that training uses, so the reader, who knows only those, cannot fit exactly.
+    """
+    generator, residuals = torch.Generator().manual_seed(0), []
+    for domain in DOMAINS:
+        for _ in range(8):
+            scenes = sample_scenes(256, generator, domain, "seen", objects)
+            low, high = NUISANCES.min(0).values, NUISANCES.max(0).values
+            scenes = scenes._replace(nuisance=low + (high - low) * torch.rand(256, 3, generator=generator))
+            residuals.append(read(render(scenes, view_boxes(scenes, granularity), pixels), granularity, objects)[2])
+    return torch.cat(residuals).quantile(0.999).item()

@@ -1,0 +1,557 @@
+"""Text to image, end to end: pretrain on whole scenes of one domain, fine-tune on views of another, report.
+
+    python train.py                                        # everything, at a size that suits this machine
+    python train.py --model unet --seed 1                  # any setting is a flag, see --help
+    python train.py --resume                               # go on after a stop, as if there had been none
+    python train.py sample --checkpoint runs/dit-0/checkpoint.pt "macro red striped circle top left on white"
+
+Everything that a run makes lies in its folder: log.csv, checkpoint.pt, pretrained.pt, report.json, and two pictures.
+"""
+
+import argparse
+import copy
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+
+import flow_matching as fm
+import toy_data
+from dit import DiT
+from toy_data import GRANULARITIES
+from unet import UNet
+
+
+class Stop(Exception):
+    """Ends the program with one sentence for its user."""
+
+
+# --- Settings ----------------------------------------------------------------------------------------------------
+
+def option(default, help, low=None, high=math.inf, choices=None):
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that decides what a run computes. The defaults are the preset `cpu` of the DiT; PRESETS lists what others change."""
+
+    model: str = option("dit", "the network", choices=("dit", "unet"))
+    seed: int = option(0, "of the first weights, the data and the noise", 0, 2**31)
+    device: str = option("cpu", "where to compute", choices=("cpu", "cuda"))
+    precision: str = option("float32", "of the network; path, target and loss are always float32", choices=("float32", "bfloat16"))
+    init: str = option("", "a checkpoint to fine-tune, instead of pretraining")
+    # the data
+    pixels: int = option(24, "height and width of an image", 8, 256)
+    objects: int = option(1, "objects in a scene", choices=(1, 2))
+    roots: int = option(32, "images of the target domain to fine-tune on, each seen at three granularities", 1)
+    # the network
+    width: int = option(96, "channels of a token (DiT) or of the coarsest grid (U-Net: a multiple of 24)", 8)
+    depth: int = option(4, "blocks (DiT only)", 1)
+    patch: int = option(4, "height and width of a patch (DiT only)", 1)
+    # the training
+    pretrain_steps: int = option(9000, "optimizer steps on whole scenes of the base domain", 1)
+    finetune_steps: int = option(1000, "optimizer steps on views of the target domain", 0)
+    batch: int = option(32, "images in a step", 1)
+    lr: float = option(4e-3, "peak learning rate of the pretraining; it falls linearly to 0", 0.0, 1.0)
+    finetune_lr: float = option(1e-3, "peak learning rate of the fine-tuning", 0.0, 1.0)
+    warmup: int = option(100, "steps in which the learning rate rises", 1)
+    weight_decay: float = option(0.0, "of AdamW", 0.0, 1.0)
+    clip: float = option(1.0, "largest norm of the gradient", 1e-12)
+    ema: float = option(0.999, "decay of the averaged weights, which are the ones that are evaluated", 0.0, 0.99999)
+    caption_dropout: float = option(0.1, "share of captions replaced by the null caption, for guidance", 0.0, 1.0)
+    time_mean: float = option(0.0, "noise levels: t = sigmoid(z), z ~ N(time_mean, time_std^2)", -10.0, 10.0)
+    time_std: float = option(1.0, "see time_mean", 0.0, 100.0)
+    time_shift: float = option(1.0, "resolution shift of t; above 1 favours noise", 1e-3, 1e3)
+    # the report
+    every: int = option(250, "steps between two rows of the log, each with a validation and a checkpoint", 1)
+    guidance: float = option(2.0, "scale of the guidance when sampling; 1 is off", 0.0, 100.0)
+    sample_steps: int = option(12, "steps of Heun's method when sampling", 1)
+    eval_images: int = option(256, "images behind every figure of the report", 2)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, rule = getattr(self, field.name), field.metadata
+            if rule["choices"] and value not in rule["choices"]:
+                raise Stop(f"--{field.name} must be one of {', '.join(map(str, rule['choices']))}, not {value}")
+            if rule["low"] is not None and not (rule["low"] <= value <= rule["high"] and math.isfinite(value)):
+                raise Stop(f"--{field.name} must be from {rule['low']} to {rule['high']}, not {value}")
+
+
+PRESETS = {
+    ("cpu", "dit"): {},
+    ("cpu", "unet"): {},
+    ("gpu", "dit"): {"device": "cuda", "precision": "bfloat16", "pixels": 32, "objects": 2, "width": 192, "batch": 256, "lr": 2e-3},
+    ("gpu", "unet"): {"device": "cuda", "precision": "bfloat16", "pixels": 32, "objects": 2, "width": 192, "batch": 256, "lr": 2e-3},
+    ("tiny", "dit"): {"width": 24, "depth": 1, "roots": 4, "pretrain_steps": 8, "finetune_steps": 4, "batch": 4, "warmup": 2,
+                      "every": 2, "sample_steps": 2, "eval_images": 8},
+}
+PRESETS["tiny", "unet"] = PRESETS["tiny", "dit"]
+
+
+# --- The method --------------------------------------------------------------------------------------------------
+
+def build(s):
+    """The network of the settings, with weights that depend on nothing but its seed."""
+    torch.manual_seed(s.seed)
+    words = len(toy_data.WORDS)
+    try:
+        if s.model == "dit":
+            return DiT(words, s.pixels, s.patch, s.width, s.depth).to(s.device)
+        return UNet(words, s.pixels, (s.width // 3, 2 * s.width // 3, s.width), s.width).to(s.device)
+    except ValueError as error:
+        raise Stop(str(error))
+
+
+def velocity(model, s):
+    """The model as a function of (x, t, tokens) that computes in the precision of the settings."""
+    def compute(x, t, tokens):
+        with torch.autocast(s.device, torch.bfloat16, enabled=s.precision == "bfloat16"):
+            return model(x, t, tokens)
+    return compute
+
+
+def draw(scenes, granularity, s):
+    """Images (n, 3, pixels, pixels) and tokens (n, 12) of n scenes, each at its granularity, (n,) indices."""
+    tokens = toy_data.tokenize(toy_data.captions(scenes, [GRANULARITIES[g] for g in granularity.tolist()]))
+    return toy_data.render(scenes, toy_data.view_boxes(scenes, granularity), s.pixels), tokens.to(s.device)
+
+
+def draw_roots(s):
+    """The scenes of the target domain to fine-tune on: the same for every run with this seed."""
+    return toy_data.sample_scenes(s.roots, seeded(s, 1), "target", "seen", s.objects)
+
+
+def seeded(s, stream):
+    """A generator of its own for each use, so that no use disturbs another."""
+    return torch.Generator(s.device).manual_seed(10 * s.seed + stream)
+
+
+def draw_batch(phase, roots, s, generator):
+    """x0, tokens, t, e of one step: new whole scenes to pretrain on, or views drawn from the roots to fine-tune on."""
+    if phase == "pretrain":
+        scenes = toy_data.sample_scenes(s.batch, generator, "base", "seen", s.objects)
+        granularity = torch.zeros_like(scenes.background)                          # (batch,) all macro
+    else:
+        pick = torch.randint(3 * s.roots, (s.batch,), generator=generator, device=s.device)
+        scenes, granularity = roots.take(pick // 3), pick % 3
+    x0, tokens = draw(scenes, granularity, s)
+    kept = torch.rand(s.batch, 1, generator=generator, device=s.device) >= s.caption_dropout
+    t = fm.shift_time(fm.logit_normal_time(s.batch, generator, s.time_mean, s.time_std), s.time_shift)
+    return x0, tokens * kept, t, torch.randn(x0.shape, generator=generator, device=s.device)
+
+
+def learning_rate(s, phase, step):
+    """The rate of the phase's step 1, 2, ...: up over the warm-up, then linearly down to 0 after its last step."""
+    peak, steps = (s.lr, s.pretrain_steps) if phase == "pretrain" else (s.finetune_lr, s.finetune_steps)
+    return peak * min(step / s.warmup, 1 - (step - 1) / steps, 1)
+
+
+class Run:
+    """What training changes and a checkpoint holds. Steps count through both phases."""
+
+    def __init__(self, s):
+        self.settings, self.step, self.seconds, self.loss = s, 0, 0.0, math.nan
+        self.model = build(s)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.generator = seeded(s, 0)
+        self.new_optimizer()
+
+    def new_optimizer(self):
+        s = self.settings
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), s.lr, (0.9, 0.99), weight_decay=s.weight_decay, fused=s.device == "cuda")
+
+    def phase(self):
+        return "pretrain" if self.step < self.settings.pretrain_steps else "finetune"
+
+    def begin_finetuning(self):
+        """From the averaged weights, with a new optimizer. Doing it twice changes nothing."""
+        self.model.load_state_dict(self.ema.state_dict())
+        self.new_optimizer()
+
+    def train_step(self, roots):
+        """One optimizer step; returns the norm of the gradient before clipping. Raises Stop, unchanged, if not finite."""
+        s, phase, step = self.settings, self.phase(), self.step + 1
+        x0, tokens, t, e = draw_batch(phase, roots, s, self.generator)
+        loss = fm.loss(velocity(self.model, s), x0, tokens, t, e).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip).item()
+        if not math.isfinite(loss.item()) or not math.isfinite(norm):
+            raise Stop(f"the loss of step {step} is {loss.item():g} and the norm of its gradient {norm:g}; a lower --lr may help")
+        within = step if phase == "pretrain" else step - s.pretrain_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(s, phase, within)
+        self.optimizer.step()
+        decay = min(s.ema, step / (step + 10))                     # shorter at first, or the start would stay in it
+        for mean, weight in zip(self.ema.parameters(), self.model.parameters()):
+            mean.lerp_(weight.detach(), 1 - decay)
+        self.loss = loss.item() if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss.item()
+        self.step = step
+        return norm
+
+    def save(self, file):
+        """Replaces the file in one move: whatever happens, it is the old checkpoint or the new one, whole."""
+        content = {"format": FORMAT, "settings": dataclasses.asdict(self.settings), "step": self.step, "seconds": self.seconds,
+                   "loss": self.loss, "model": self.model.state_dict(), "ema": self.ema.state_dict(),
+                   "optimizer": self.optimizer.state_dict(), "rng": self.generator.get_state()}
+        with open(file + ".tmp", "wb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(file + ".tmp", file)
+
+    def restore(self, content):
+        self.step, self.seconds, self.loss = content["step"], content["seconds"], content["loss"]
+        self.model.load_state_dict(content["model"])
+        self.ema.load_state_dict(content["ema"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.generator.set_state(content["rng"])
+
+
+FORMAT = "quadratic geometry of flow matching 1"
+
+
+def load(file):
+    """The settings and the content of a checkpoint. Raises Stop if it is missing, damaged or not one of train.py."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise Stop(f"the checkpoint {file} cannot be read: {error.strerror}")
+    except Exception:                                              # torch.load raises many types for a damaged file
+        raise Stop(f"{file} is not a checkpoint, or only a part of one")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise Stop(f"{file} is not a checkpoint of this train.py")
+    return Settings(**content["settings"]), content
+
+
+def load_weights(file, model, s):
+    """Puts the averaged weights of a checkpoint into the model. Raises Stop if it is of another architecture."""
+    theirs, content = load(file)
+    for name in ("model", "pixels", "width", "depth", "patch"):
+        if getattr(theirs, name) != getattr(s, name):
+            raise Stop(f"{file} has --{name} {getattr(theirs, name)}, not {getattr(s, name)}")
+    model.load_state_dict(content["ema"])
+    return model
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+COLUMNS = ["step", "phase", "images", "lr", "loss", "grad_norm", "images_per_s",
+           *(f"{name}_{view}" for name in ("val_loss", "val_error", "val_floor") for view in GRANULARITIES)]
+
+
+def train(run, folder):
+    """Both phases, or what is left of them; a row of the log, a validation and a checkpoint every few steps."""
+    s, roots = run.settings, draw_roots(run.settings)
+    validation = {"pretrain": {"macro": validation_set("base", "seen", "macro", s, roots)},
+                  "finetune": {view: validation_set("target", "seen", view, s, roots) for view in GRANULARITIES}}
+    last, interrupted = s.pretrain_steps + s.finetune_steps, []
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))   # finish the step, then save
+    clock, clock_step = time.time(), run.step
+    if s.init and run.step == 0:
+        load_weights(s.init, run.ema, s)
+        run.step = s.pretrain_steps
+    try:
+        while run.step < last:
+            if run.step == s.pretrain_steps:
+                run.begin_finetuning()
+            phase = run.phase()
+            norm = run.train_step(roots)
+            if run.step % s.every == 0 or run.step in (s.pretrain_steps, last):
+                speed = (run.step - clock_step) * s.batch / (time.time() - clock)
+                run.seconds += time.time() - clock
+                row = {"step": run.step, "phase": phase, "images": run.step * s.batch, "lr": run.optimizer.param_groups[0]["lr"],
+                       "loss": run.loss, "grad_norm": norm, "images_per_s": speed}
+                for view, held in validation[phase].items():
+                    row |= {f"val_{name}_{view}": value for name, value in validate(run.ema, held, s).items()}
+                append_row(folder, row)
+                minutes, seconds = divmod(int((last - run.step) * s.batch / speed), 60)
+                print(f"{phase} step {run.step}/{last}  loss {run.loss:.4f}  {speed:.0f} images/s  {minutes}:{seconds:02} left", flush=True)
+                if run.step == s.pretrain_steps:
+                    run.save(os.path.join(folder, "pretrained.pt"))
+                run.save(os.path.join(folder, "checkpoint.pt"))
+                clock, clock_step = time.time(), run.step
+            if interrupted:
+                run.save(os.path.join(folder, "checkpoint.pt"))
+                raise Stop(f"interrupted: step {run.step} is saved, go on with --resume")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def append_row(folder, row):
+    with open(os.path.join(folder, "log.csv"), "a", newline="") as stream:
+        csv.DictWriter(stream, COLUMNS).writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+
+
+def read_log(folder):
+    with open(os.path.join(folder, "log.csv"), newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+# --- The report --------------------------------------------------------------------------------------------------
+
+def test_scenes(domain, split, s, roots, stream):
+    """Scenes to test on. On the target domain "seen" are the captions of the roots, with the nuisance drawn anew."""
+    scenes = toy_data.sample_scenes(s.eval_images, seeded(s, stream), domain, split, s.objects)
+    if (domain, split) == ("target", "seen"):
+        scenes = roots.take(torch.arange(s.eval_images, device=s.device) % s.roots)._replace(nuisance=scenes.nuisance)
+    return scenes
+
+
+def validation_set(domain, split, view, s, roots):
+    """x0, e, t, tokens and the exact velocity u* at fixed noise levels, evenly spread: t = 1/2n, 3/2n, ..., 1 - 1/2n."""
+    scenes = test_scenes(domain, split, s, roots, 2)
+    granularity = torch.full_like(scenes.background, GRANULARITIES.index(view))
+    x0, tokens = draw(scenes, granularity, s)
+    e = torch.randn(x0.shape, generator=seeded(s, 3), device=s.device)
+    t = (torch.arange(s.eval_images, device=s.device) + 0.5) / s.eval_images
+    everything, _ = draw(toy_data.population(scenes), granularity.repeat_interleave(len(toy_data.NUISANCES)), s)
+    u_star = fm.exact_velocity(fm.path(x0, e, t), t, everything.unflatten(0, (s.eval_images, -1)))
+    return x0, e, t, tokens, u_star
+
+
+@torch.no_grad()
+def validate(model, held, s):
+    """The mean loss |v - u|^2 / D, the error |v - u*|^2 / D of the exact velocity, and the loss floor |u - u*|^2 / D (Eq. 5)."""
+    x0, e, t, tokens, u_star = held
+    v = torch.cat([velocity(model, s)(*part).float() for part in zip(*(z.split(256) for z in (fm.path(x0, e, t), t, tokens)))])
+    gap = lambda a, b: (a - b).square().mean().item()
+    return {"loss": gap(v, fm.target(x0, e)), "error": gap(v, u_star), "floor": gap(fm.target(x0, e), u_star)}
+
+
+@torch.no_grad()
+def sample(model, tokens, s, generator):
+    """(n, 3, pixels, pixels) images of n captions, from noise along the guided velocity by Heun's method."""
+    v = fm.guided(velocity(model, s), tokens, s.guidance)
+    times = torch.linspace(1, 0, s.sample_steps + 1, device=s.device)
+    noise = torch.randn(len(tokens), 3, s.pixels, s.pixels, generator=generator, device=s.device)
+    return fm.heun(lambda x, t: v(x, t).float(), noise, times)
+
+
+def wilson(share, n):
+    """The 95% Wilson interval of a share of n."""
+    z = 1.96
+    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
+
+
+def evaluate(model, domain, split, view, s, roots):
+    """One row of the report's table: the validation figures, and what the reader finds in samples and in real images."""
+    scenes = test_scenes(domain, split, s, roots, 4)
+    x0, tokens = draw(scenes, torch.full_like(scenes.background, GRANULARITIES.index(view)), s)
+    found = toy_data.accuracies(sample(model, tokens, s, seeded(s, 5)), scenes, view)
+    ceiling = toy_data.accuracies(x0, scenes, view)["joint"].float().mean().item()
+    row = {"domain": domain, "split": split, "view": view} | validate(model, validation_set(domain, split, view, s, roots), s)
+    row |= {name: found[name].float().mean().item() for name in ("layout", "shape_colour", "texture", "joint")}
+    valid = found["residual"] <= toy_data.largest_real_residual(view, s.pixels, s.objects)
+    return row | {"interval": wilson(row["joint"], s.eval_images), "ceiling": ceiling, "valid": valid.float().mean().item()}
+
+
+def report(run, folder):
+    """Evaluates the pretrained and the fine-tuned model, prints the table, and writes report.json and the pictures."""
+    s, roots = run.settings, draw_roots(run.settings)
+    pretrained = load_weights(os.path.join(folder, "pretrained.pt"), copy.deepcopy(run.ema), s) if not s.init else run.ema
+    tasks = [] if s.init else [("pretrained", pretrained, "base", split, "macro") for split in ("seen", "held_out")]
+    tasks += [("fine-tuned", run.ema, "target", split, view) for split in ("seen", "held_out") for view in GRANULARITIES]
+    print(f"\n{'model':10} {'captions':16} {'view':5} {'val loss':>8} {'floor':>6} {'|v-u*|^2':>8} {'layout':>6} {'shape':>6} {'textur':>6}"
+          f" {'joint':>6} {'95% interval':>13} {'ceiling':>7} {'valid':>6}")
+    rows = []
+    for name, model, domain, split, view in tasks:
+        row = {"model": name} | evaluate(model, domain, split, view, s, roots)
+        rows.append(row)
+        low, high = row["interval"]
+        print(f"{name:10} {domain + ' ' + split:16} {view:5} {row['loss']:8.4f} {row['floor']:6.4f} {row['error']:8.4f} {row['layout']:6.1%}"
+              f" {row['shape_colour']:6.1%} {row['texture']:6.1%} {row['joint']:6.1%} {low:6.1%}-{high:6.1%} {row['ceiling']:7.1%} {row['valid']:6.1%}", flush=True)
+    about = {"settings": dataclasses.asdict(s), "parameters": sum(p.numel() for p in run.model.parameters()), "torch": torch.__version__,
+             "device": torch.cuda.get_device_name() if s.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+             "training_seconds": round(run.seconds, 1), "rows": rows}
+    with open(os.path.join(folder, "report.json"), "w") as stream:
+        json.dump(about, stream, indent=1)
+    draw_samples(pretrained, run.ema, s, roots, os.path.join(folder, "samples.png"))
+    draw_curves(read_log(folder), s, os.path.join(folder, "curves.png"))
+
+
+# --- The pictures ------------------------------------------------------------------------------------------------
+
+VIEW_COLOURS = {"macro": "#0072b2", "meso": "#e69f00", "micro": "#009e73"}        # told apart by colour-blind readers
+
+
+def show(axis, images):
+    """Images, each (3, h, w), side by side."""
+    strip = torch.cat([torch.nn.functional.pad(x.cpu(), (1, 1, 1, 1), value=1.0) for x in images], 2)
+    axis.imshow((strip.clamp(-1, 1).permute(1, 2, 0) + 1) / 2)
+    axis.set_axis_off()
+
+
+def draw_samples(pretrained, finetuned, s, roots, file):
+    """A grid: each caption with two of its true images and three samples."""
+    import matplotlib.pyplot as plt
+    columns = [(pretrained, "base", "seen", "pretrained, base domain: seen combinations", ["macro"] * 5),
+               (pretrained, "base", "held_out", "pretrained, base domain: held-out combinations", ["macro"] * 5),
+               (finetuned, "target", "held_out", "fine-tuned, target domain: held-out combinations", ["macro", "macro", "meso", "meso", "micro"])]
+    figure, axes = plt.subplots(5, 3, figsize=(15, 9), constrained_layout=True)
+    for column, (model, domain, split, title, views) in zip(axes.T, columns):
+        scenes = toy_data.sample_scenes(5, seeded(s, 6), domain, split, s.objects)
+        granularity = torch.tensor([GRANULARITIES.index(view) for view in views], device=s.device)
+        truth, tokens = draw(scenes, granularity, s)
+        others, _ = draw(scenes._replace(nuisance=scenes.nuisance.flip(0)), granularity, s)
+        drawn = sample(model, tokens.repeat_interleave(3, 0), s, seeded(s, 7)).unflatten(0, (5, 3))
+        for k, axis in enumerate(column):
+            show(axis, [truth[k], others[k], torch.ones_like(truth[k, :, :, :6]), *drawn[k]])
+            axis.set_title((title + "\n" if k == 0 else "") + toy_data.captions(scenes, views)[k], fontsize=11)
+    figure.suptitle(f"Left of the gap: two true images of the caption. Right of it: three samples ({s.model}, guidance {s.guidance:g})", fontsize=14)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(log, s, file):
+    """Loss with its floor, and the error of the exact velocity, over the steps of both phases."""
+    import matplotlib.pyplot as plt
+    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 8), sharex=True, constrained_layout=True)
+    above.plot([int(row["step"]) for row in log], [float(row["loss"]) for row in log], color="grey", label="training loss (its own t, running mean)")
+    for view, colour in VIEW_COLOURS.items():
+        for phase in ("pretrain", "finetune"):
+            rows = [row for row in log if row["phase"] == phase and row[f"val_loss_{view}"]]
+            steps, values = [int(row["step"]) for row in rows], lambda name: [float(row[f"val_{name}_{view}"]) for row in rows]
+            label = lambda text: f"{text}, {view}" if phase == "finetune" else None
+            above.plot(steps, values("loss"), color=colour, label=label("validation loss"))
+            above.plot(steps, values("floor"), color=colour, linestyle=":", label=label("its floor |u - u*|²/D"))
+            below.plot(steps, values("error"), color=colour, label=label("|v - u*|²/D"))
+    for axis, name in ((above, "loss per output"), (below, "error of the exact velocity")):
+        axis.set_yscale("log")
+        axis.set_ylabel(name)
+        axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)
+        axis.legend(fontsize=9, ncols=2)
+        axis.grid(alpha=0.3)
+    below.set_xlabel("optimizer step (line: the fine-tuning on the target domain begins)")
+    figure.suptitle(f"{s.model}, seed {s.seed}: the loss stays above its floor; what a better network can remove is |v - u*|²")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+# --- The command line --------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Stop(f"{message} (python train.py --help lists what is allowed)")
+
+
+def parse_settings(arguments):
+    """The flags given, the settings that they and the preset make, the output folder, and whether to resume."""
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", default="auto", choices=("auto", "cpu", "gpu", "tiny"), help="auto (default): gpu where CUDA is, else cpu")
+    parser.add_argument("--out", default="", help="folder of the run (default runs/MODEL-SEED)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    for field in dataclasses.fields(Settings):
+        others = [f"{preset} {model}: {values[field.name]}" for (preset, model), values in PRESETS.items()
+                  if preset != "tiny" and values.get(field.name, field.default) != field.default]
+        parser.add_argument("--" + field.name, type=field.type, default=argparse.SUPPRESS, metavar=field.type.__name__.upper(),
+                            help=f"{field.metadata['help']} (default {field.default!r}{'; '.join(['', *others])})")
+    given = vars(parser.parse_args(arguments))
+    preset, out, resume = given.pop("preset"), given.pop("out"), given.pop("resume")
+    if preset == "auto":
+        preset = "gpu" if given.get("device", "cuda") == "cuda" and torch.cuda.is_available() else "cpu"
+    model = given.get("model", "dit")
+    s = Settings(**PRESETS.get((preset, model), {}) | given)
+    if s.device == "cuda" and not torch.cuda.is_available():
+        raise Stop("--device cuda was asked for, but torch finds no CUDA device here")
+    return given, s, out or os.path.join("runs", f"{s.model}-{s.seed}"), resume
+
+
+def start(s, folder):
+    """A new Run in a folder that holds nothing yet."""
+    if os.path.exists(folder) and (not os.path.isdir(folder) or set(os.listdir(folder)) - {"checkpoint.pt.tmp"}):
+        raise Stop(f"{folder} exists and is not empty: add --resume to go on with its run, or name another --out")
+    run = Run(s)
+    os.makedirs(folder, exist_ok=True)
+    run.save(os.path.join(folder, "checkpoint.pt"))
+    return run
+
+
+def resume(given, folder):
+    """The Run of the folder's checkpoint, with the log cut back to its step. Raises Stop if a flag contradicts it."""
+    s, content = load(os.path.join(folder, "checkpoint.pt"))
+    for name, value in given.items():
+        if getattr(s, name) != value:
+            raise Stop(f"the run in {folder} has --{name} {getattr(s, name)}, not {value}")
+    run = Run(s)
+    run.restore(content)
+    return run
+
+
+def cut_log(folder, step):
+    """Drops the rows after the step: they will be written again. Atomic, like a checkpoint."""
+    file = os.path.join(folder, "log.csv")
+    rows = [row for row in read_log(folder) if int(row["step"]) <= step] if os.path.exists(file) else []
+    with open(file + ".tmp", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(file + ".tmp", file)
+
+
+def main_train(arguments):
+    given, s, folder, resuming = parse_settings(arguments)
+    run = resume(given, folder) if resuming else start(s, folder)
+    cut_log(folder, run.step)
+    s = run.settings
+    print(f"{s.model} with {sum(p.numel() for p in run.model.parameters()):,} parameters on {s.device}, {s.pixels} px, from step {run.step}: {folder}", flush=True)
+    train(run, folder)
+    report(run, folder)
+
+
+def main_sample(arguments):
+    parser = Parser(prog="train.py sample", description="Draw what captions say.", allow_abbrev=False)
+    parser.add_argument("captions", nargs="+", help='such as "macro red striped circle top left on white"')
+    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt or pretrained.pt of a run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="default: %(default)s")
+    parser.add_argument("--model", choices=("dit", "unet"), help="refuse a checkpoint of another architecture (default: take any)")
+    parser.add_argument("--guidance", type=float, help="default: that of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--out", default="drawn.png", help="the picture (default drawn.png)")
+    a = parser.parse_args(arguments)
+    try:
+        tokens = toy_data.tokenize(a.captions)
+    except ValueError as error:
+        raise Stop(str(error))
+    changes = {"device": a.device, "seed": a.seed} | ({} if a.guidance is None else {"guidance": a.guidance}) | ({} if a.model is None else {"model": a.model})
+    s = dataclasses.replace(load(a.checkpoint)[0], **changes)
+    if s.device == "cuda" and not torch.cuda.is_available():
+        raise Stop("--device cuda was asked for, but torch finds no CUDA device here")
+    model = load_weights(a.checkpoint, build(s), s)
+    images = sample(model, tokens.repeat_interleave(4, 0).to(s.device), s, seeded(s, 0)).unflatten(0, (-1, 4))
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(len(images), 1, figsize=(8, 2.4 * len(images)), squeeze=False, constrained_layout=True)
+    for axis, four, caption in zip(axes[:, 0], images, a.captions):
+        show(axis, four)
+        axis.set_title(caption)
+    figure.savefig(a.out, dpi=110)
+    print(f"four samples of each caption are in {a.out}")
+
+
+def main(arguments):
+    try:
+        main_sample(arguments[1:]) if arguments[:1] == ["sample"] else main_train(arguments)
+    except Stop as stop:
+        return f"train.py: {stop}"
+    except KeyboardInterrupt:
+        return "train.py: interrupted; what was saved is whole, go on with --resume"
+    except OSError as error:
+        return f"train.py: {error.filename or 'a file'} cannot be read or written: {error.strerror}"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            return "train.py: out of memory; lower --batch, --eval_images or --width"
+        raise
+
+
+if __name__ == "__main__":
+    import matplotlib
+    matplotlib.use("Agg")
+    sys.exit(main(sys.argv[1:]))

@@ -172,7 +172,9 @@ def main():
     print("parameters:", sum(parts.values()), parts)
     x, t, tokens = torch.randn(5, 3, 24, 24), torch.rand(5), torch.randint(32, (5, 12))
     print("shapes: x", tuple(x.shape), "t", tuple(t.shape), "tokens", tuple(tokens.shape), "-> velocity", tuple(model(x, t, tokens).shape))
-    nn.init.normal_(model.head.weight, std=0.1)                    # away from the zero start, where all velocities are 0
+    for weight in model.parameters():                              # away from the zero start, where every velocity is 0
+        if not weight.any():
+            nn.init.normal_(weight, std=0.1)
     one = lambda parameters, *sample: functional_call(model, parameters, tuple(z[None] for z in sample))[0]
     each = vmap(one, (None, 0, 0, 0))(dict(model.named_parameters()), x, t, tokens)
     print(f"check: samples alone (vmap) against the batch, largest difference {(each - model(x, t, tokens)).abs().max():.1e}")

@@ -189,7 +189,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(s, phase, within)
         self.optimizer.step()
-        decay = min(s.ema, step / (step + 10))                     # shorter at first, or the start would stay in it
+        decay = min(s.ema, within / (within + 10))                 # a phase's first weights do not stay in the mean
         for mean, weight in zip(self.ema.parameters(), self.model.parameters()):
             mean.lerp_(weight.detach(), 1 - decay)
         self.loss = loss.item() if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss.item()

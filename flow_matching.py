@@ -4,6 +4,9 @@ Convention: x0 is data, e ~ N(0, I) is noise, t in [0, 1] has one value per samp
 On this path flow matching and rectified flow are the same. Run `python flow_matching.py` for a picture.
 """
 
+import math
+import sys
+
 import torch
 
 
@@ -135,3 +138,66 @@ def data_interaction_matrix(v, u_g):
     """
     D_g = (v[:, None] - u_g).flatten(2)                                    # (N, G, D)
     return D_g @ D_g.mT                                                    # (N, G, G)
+
+
+def main(file="flow_matching.png"):
+    import matplotlib.pyplot as plt
+    generator = torch.Generator().manual_seed(0)
+    angle = 2 * math.pi * torch.arange(5) / 5
+    points = 1.5 * torch.stack([angle.sin(), angle.cos()], 1)              # (5, 2)  the whole population
+    n = 4000
+    x0 = points[torch.randint(5, (n,), generator=generator)]               # (n, 2)
+    e = torch.randn(n, 2, generator=generator)                             # (n, 2)
+    figure, (a, b, c, d) = plt.subplots(1, 4, figsize=(20, 5.6), layout="constrained")
+
+    print("Eq. 1, 2: every pair (x0, e) has a straight path, along which the velocity e - x0 is constant")
+    a.plot(torch.stack([x0[:60, 0], e[:60, 0]]), torch.stack([x0[:60, 1], e[:60, 1]]), color="#0072b2", linewidth=0.7)
+    a.scatter(*e[:60].T, s=12, color="grey", label="noise, t = 1", zorder=2)
+    a.set_title("Eq. 1-2: straight paths, which cross")
+
+    t = torch.tensor(0.5)
+    axis = torch.linspace(-2.4, 2.4, 17)
+    x = torch.cartesian_prod(axis, axis)                                   # (289, 2)
+    u = exact_velocity(x, t.expand(len(x)), points)                        # (289, 2)
+    print("Eq. 4: where paths cross only their mean velocity can be learned: the posterior at x = 0, t = 0.5 is",
+          [round(w, 2) for w in posterior(torch.zeros(1, 2), t[None], points)[0].tolist()])
+    b.quiver(*x.T, *-u.T, color="#0072b2")
+    b.set_title("Eq. 4: the exact velocity at t = 0.5\n(arrows: towards the data, -u*)")
+
+    start = torch.randn(60, 2, generator=generator)
+    line = [start]
+    for t, t_next in zip(torch.linspace(1, 0, 201)[:-1], torch.linspace(1, 0, 201)[1:]):
+        line.append(euler(lambda x, t: exact_velocity(x, t, points), line[-1], torch.stack([t, t_next])))
+    ways = torch.stack(line)                                               # (201, 60, 2)
+    c.plot(ways[..., 0], ways[..., 1], color="#0072b2", linewidth=0.7)
+    c.scatter(*start.T, s=12, color="grey", label="noise, t = 1", zorder=2)
+    c.set_title("Eq. 6: samples follow u* from t = 1 to 0,\nand their ways do not cross")
+    print(f"Eq. 6: after 200 Euler steps the largest distance from the nearest data point is {torch.cdist(ways[-1], points).min(1).values.max():.1e}")
+
+    grid = torch.linspace(0.02, 1, 50)
+    floor = [loss_floor(x0, e, t.expand(n), points).mean() for t in grid]
+    v = lambda x, t: exact_velocity(x, t, points) + 0.3                    # a network that is wrong by 0.3 everywhere
+    total = [((v(path(x0, e, t.expand(n)), t.expand(n)) - target(x0, e)) ** 2).mean() for t in grid]
+    d.plot(grid, total, color="#e69f00", label="loss of a v that is u* + 0.3")
+    d.plot(grid, floor, color="#0072b2", label="its floor, E|u - u*|² / D")
+    d.set(xlabel="t (0 is data, 1 is noise)", ylabel="loss per output", ylim=(0, None), title="Eq. 5: the loss has a floor; above it is |v - u*|²/D = 0.09")
+    d.legend(loc="upper left")
+    print(f"Eq. 5: mean over t of the floor {torch.stack(floor).mean():.3f}, of the loss {torch.stack(total).mean():.3f}; their difference is near 0.3^2")
+
+    groups = torch.tensor([0, 0, 1, 1, 1])
+    x, t = e[:6].double(), torch.full((6,), 0.7, dtype=torch.float64)
+    omega, u_g = group_velocities(x, t, points.double(), groups)
+    v = torch.zeros_like(x)
+    form = torch.einsum("ng,ngh,nh->n", omega, data_interaction_matrix(v, u_g), omega)
+    error = (v - exact_velocity(x, t, points.double())).square().sum(1)
+    print(f"Eq. 7, 8: |v - u*|^2 = omega^T Omega omega, largest difference {(form - error).abs().max():.1e}")
+    for panel in (a, b, c):
+        panel.scatter(*points.T, s=60, color="#d55e00", label="data, t = 0", zorder=3)
+        panel.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal", xlabel="x₁", ylabel="x₂")
+        panel.legend(loc="lower right")
+    figure.savefig(file, dpi=90)
+    print("drawn:", file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -12,6 +12,7 @@ Run `python toy_data.py` for a picture.
 """
 
 import itertools
+import sys
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -227,3 +228,48 @@ def largest_real_residual(granularity, pixels, objects=1):
             scenes = scenes._replace(nuisance=low + (high - low) * torch.rand(256, 3, generator=generator))
             residuals.append(read(render(scenes, view_boxes(scenes, granularity), pixels), granularity, objects)[2])
     return torch.cat(residuals).quantile(0.999).item()
+
+
+def main(file="toy_data.png"):
+    import matplotlib.pyplot as plt
+    figure = plt.figure(figsize=(18, 10), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+    generator = torch.Generator().manual_seed(2)
+    halves = [sample_scenes(3, generator, domain) for domain in DOMAINS]
+    scenes = Scenes(*(torch.cat(pair) for pair in zip(*halves)))
+    axes = left.subplots(6, 3)
+    for column, granularity in zip(axes.T, GRANULARITIES):
+        images = render(scenes, view_boxes(scenes, granularity), 24)
+        for axis, image, caption in zip(column, images, captions(scenes, granularity)):
+            axis.imshow(image.permute(1, 2, 0) / 2 + 0.5)
+            axis.set_title(caption.replace(" on ", "\non "), fontsize=9)
+            axis.set_axis_off()
+    left.suptitle("Scenes at three granularities, 24 px (top three: base domain, below: target)")
+
+    many = sample_scenes(1500, generator, "target", "seen")
+    clean = render(many, view_boxes(many, "macro"), 24)
+    axes = right.subplots(2, 3)
+    for row, noise in zip(axes, (0.0, 1.0)):
+        images = clean + noise * torch.randn(clean.shape, generator=generator)
+        right_share = accuracies(images, many)["joint"].float().mean()
+        print(f"noise {noise}: the reader finds place, background, shape, colour and texture together in {right_share:.1%} of 1500 scenes")
+        found = read(images)[0][:, 0]
+        for axis, kind, names in zip(row, range(3), (SHAPES, list(COLOURS), TEXTURES)):
+            counts = torch.zeros(4, 4).index_put_((many.objects[:, 0, kind], found[:, kind]), torch.tensor(1.0), accumulate=True)
+            shares = counts / counts.sum(1, keepdim=True)
+            axis.imshow(shares, vmin=0, vmax=1, cmap="cividis")
+            for i in range(4):
+                for j in range(4):
+                    axis.text(j, i, f"{shares[i, j]:.0%}", ha="center", va="center", color="black" if shares[i, j] > 0.5 else "white")
+            axis.set(xticks=range(4), yticks=range(4), xlabel="read", ylabel="drawn", title=f"noise of std {noise:g}")
+            axis.set_xticklabels(names, rotation=30)
+            axis.set_yticklabels(names)
+    right.suptitle("What the reader makes of clean and of noisy images (share of each row)")
+    figure.savefig(file, dpi=100)
+    for granularity in GRANULARITIES:
+        print(f"{granularity}: an image is a scene up to a residual of {largest_real_residual(granularity, 24):.3f} (24 px)")
+    print("drawn:", file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

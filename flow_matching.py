@@ -166,12 +166,12 @@ def main(file="flow_matching.png"):
 
     start = torch.randn(60, 2, generator=generator)
     line = [start]
-    for t, t_next in zip(torch.linspace(1, 0, 201)[:-1], torch.linspace(1, 0, 201)[1:]):
-        line.append(euler(lambda x, t: exact_velocity(x, t, points), line[-1], torch.stack([t, t_next])))
+    for two_times in torch.linspace(1, 0, 201).unfold(0, 2, 1):                # (200, 2)
+        line.append(euler(lambda x, t: exact_velocity(x, t, points), line[-1], two_times))
     ways = torch.stack(line)                                               # (201, 60, 2)
     c.plot(ways[..., 0], ways[..., 1], color="#0072b2", linewidth=0.7)
     c.scatter(*start.T, s=12, color="grey", label="noise, t = 1", zorder=2)
-    c.set_title("Eq. 6: samples follow u* from t = 1 to 0,\nand their ways do not cross")
+    c.set_title("Eq. 6: samples follow u* from t = 1 to 0,\nand do not cross")
     print(f"Eq. 6: after 200 Euler steps the largest distance from the nearest data point is {torch.cdist(ways[-1], points).min(1).values.max():.1e}")
 
     grid = torch.linspace(0.02, 1, 50)
@@ -180,8 +180,8 @@ def main(file="flow_matching.png"):
     total = [((v(path(x0, e, t.expand(n)), t.expand(n)) - target(x0, e)) ** 2).mean() for t in grid]
     d.plot(grid, total, color="#e69f00", label="loss of a v that is u* + 0.3")
     d.plot(grid, floor, color="#0072b2", label="its floor, E|u - u*|² / D")
-    d.set(xlabel="t (0 is data, 1 is noise)", ylabel="loss per output", ylim=(0, None), title="Eq. 5: the loss has a floor; above it is |v - u*|²/D = 0.09")
-    d.legend(loc="upper left")
+    d.set(xlabel="t (0 is data, 1 is noise)", ylabel="loss per output", ylim=(0, None), title="Eq. 5: the loss has a floor;\nabove it is |v - u*|²/D = 0.09")
+    d.legend(loc="lower right")
     print(f"Eq. 5: mean over t of the floor {torch.stack(floor).mean():.3f}, of the loss {torch.stack(total).mean():.3f}; their difference is near 0.3^2")
 
     groups = torch.tensor([0, 0, 1, 1, 1])

@@ -243,7 +243,7 @@ def main(file="toy_data.png"):
         for axis, image, caption in zip(column, images, captions(scenes, granularity)):
             axis.imshow(image.permute(1, 2, 0) / 2 + 0.5)
             axis.set_title(caption.replace(" on ", "\non "), fontsize=9)
-            axis.set_axis_off()
+            axis.set(xticks=[], yticks=[])
     left.suptitle("Scenes at three granularities, 24 px (top three: base domain, below: target)")
 
     many = sample_scenes(1500, generator, "target", "seen")

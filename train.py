@@ -254,10 +254,10 @@ def train(run, folder):
                   "finetune": {view: validation_set("target", "seen", view, s, roots) for view in GRANULARITIES}}
     last, interrupted = s.pretrain_steps + s.finetune_steps, []
     previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))   # finish the step, then save
-    clock, clock_step = time.time(), run.step
     if s.init and run.step == 0:
         load_weights(s.init, run.ema, s)
         run.step = s.pretrain_steps
+    clock, clock_step = time.time(), run.step
     try:
         while run.step < last:
             if run.step == s.pretrain_steps:

@@ -241,7 +241,7 @@ def main(file="toy_data.png"):
     for column, granularity in zip(axes.T, GRANULARITIES):
         images = render(scenes, view_boxes(scenes, granularity), 24)
         for axis, image, caption in zip(column, images, captions(scenes, granularity)):
-            axis.imshow(image.permute(1, 2, 0) / 2 + 0.5)
+            axis.imshow((image.permute(1, 2, 0) / 2 + 0.5).numpy())
             axis.set_title(caption.replace(" on ", "\non "), fontsize=9)
             axis.set(xticks=[], yticks=[])
     left.suptitle("Scenes at three granularities, 24 px (top three: base domain, below: target)")
@@ -257,7 +257,7 @@ def main(file="toy_data.png"):
         for axis, kind, names in zip(row, range(3), (SHAPES, list(COLOURS), TEXTURES)):
             counts = torch.zeros(4, 4).index_put_((many.objects[:, 0, kind], found[:, kind]), torch.tensor(1.0), accumulate=True)
             shares = counts / counts.sum(1, keepdim=True)
-            axis.imshow(shares, vmin=0, vmax=1, cmap="cividis")
+            axis.imshow(shares.numpy(), vmin=0, vmax=1, cmap="cividis")
             for i in range(4):
                 for j in range(4):
                     axis.text(j, i, f"{shares[i, j]:.0%}", ha="center", va="center", color="black" if shares[i, j] > 0.5 else "white")

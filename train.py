@@ -386,7 +386,7 @@ VIEW_COLOURS = {"macro": "#0072b2", "meso": "#e69f00", "micro": "#009e73"}      
 def show(axis, images):
     """Images, each (3, h, w), side by side."""
     strip = torch.cat([torch.nn.functional.pad(x.cpu(), (1, 1, 1, 1), value=1.0) for x in images], 2)
-    axis.imshow((strip.clamp(-1, 1).permute(1, 2, 0) + 1) / 2)
+    axis.imshow(((strip.clamp(-1, 1).permute(1, 2, 0) + 1) / 2).numpy())
     axis.set_axis_off()
 
 

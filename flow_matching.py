@@ -151,8 +151,8 @@ def main(file="flow_matching.png"):
     figure, (a, b, c, d) = plt.subplots(1, 4, figsize=(20, 5.6), layout="constrained")
 
     print("Eq. 1, 2: every pair (x0, e) has a straight path, along which the velocity e - x0 is constant")
-    a.plot(torch.stack([x0[:60, 0], e[:60, 0]]), torch.stack([x0[:60, 1], e[:60, 1]]), color="#0072b2", linewidth=0.7)
-    a.scatter(*e[:60].T, s=12, color="grey", label="noise, t = 1", zorder=2)
+    a.plot(*torch.stack([x0[:60], e[:60]]).permute(2, 0, 1).numpy(), color="#0072b2", linewidth=0.7)
+    a.scatter(*e[:60].T.numpy(), s=12, color="grey", label="noise, t = 1", zorder=2)
     a.set_title("Eq. 1-2: straight paths, which cross")
 
     t = torch.tensor(0.5)
@@ -161,7 +161,7 @@ def main(file="flow_matching.png"):
     u = exact_velocity(x, t.expand(len(x)), points)                        # (289, 2)
     print("Eq. 4: where paths cross only their mean velocity can be learned: the posterior at x = 0, t = 0.5 is",
           [round(w, 2) for w in posterior(torch.zeros(1, 2), t[None], points)[0].tolist()])
-    b.quiver(*x.T, *-u.T, color="#0072b2")
+    b.quiver(*x.T.numpy(), *-u.T.numpy(), color="#0072b2")
     b.set_title("Eq. 4: the exact velocity at t = 0.5\n(arrows: towards the data, -u*)")
 
     start = torch.randn(60, 2, generator=generator)
@@ -169,8 +169,8 @@ def main(file="flow_matching.png"):
     for two_times in torch.linspace(1, 0, 201).unfold(0, 2, 1):                # (200, 2)
         line.append(euler(lambda x, t: exact_velocity(x, t, points), line[-1], two_times))
     ways = torch.stack(line)                                               # (201, 60, 2)
-    c.plot(ways[..., 0], ways[..., 1], color="#0072b2", linewidth=0.7)
-    c.scatter(*start.T, s=12, color="grey", label="noise, t = 1", zorder=2)
+    c.plot(*ways.permute(2, 0, 1).numpy(), color="#0072b2", linewidth=0.7)
+    c.scatter(*start.T.numpy(), s=12, color="grey", label="noise, t = 1", zorder=2)
     c.set_title("Eq. 6: samples follow u* from t = 1 to 0,\nand do not cross")
     print(f"Eq. 6: after 200 Euler steps the largest distance from the nearest data point is {torch.cdist(ways[-1], points).min(1).values.max():.1e}")
 
@@ -178,8 +178,8 @@ def main(file="flow_matching.png"):
     floor = [loss_floor(x0, e, t.expand(n), points).mean() for t in grid]
     v = lambda x, t: exact_velocity(x, t, points) + 0.3                    # a network that is wrong by 0.3 everywhere
     total = [((v(path(x0, e, t.expand(n)), t.expand(n)) - target(x0, e)) ** 2).mean() for t in grid]
-    d.plot(grid, total, color="#e69f00", label="loss of a v that is u* + 0.3")
-    d.plot(grid, floor, color="#0072b2", label="its floor, E|u - u*|² / D")
+    d.plot(grid.numpy(), torch.stack(total).numpy(), color="#e69f00", label="loss of a v that is u* + 0.3")
+    d.plot(grid.numpy(), torch.stack(floor).numpy(), color="#0072b2", label="its floor, E|u - u*|² / D")
     d.set(xlabel="t (0 is data, 1 is noise)", ylabel="loss per output", ylim=(0, None), title="Eq. 5: the loss has a floor;\nabove it is |v - u*|²/D = 0.09")
     d.legend(loc="lower right")
     print(f"Eq. 5: mean over t of the floor {torch.stack(floor).mean():.3f}, of the loss {torch.stack(total).mean():.3f}; their difference is near 0.3^2")
@@ -192,7 +192,7 @@ def main(file="flow_matching.png"):
     error = (v - exact_velocity(x, t, points.double())).square().sum(1)
     print(f"Eq. 7, 8: |v - u*|^2 = omega^T Omega omega, largest difference {(form - error).abs().max():.1e}")
     for panel in (a, b, c):
-        panel.scatter(*points.T, s=60, color="#d55e00", label="data, t = 0", zorder=3)
+        panel.scatter(*points.T.numpy(), s=60, color="#d55e00", label="data, t = 0", zorder=3)
         panel.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal", xlabel="x₁", ylabel="x₂")
         panel.legend(loc="lower right")
     figure.savefig(file, dpi=90)

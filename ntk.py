@@ -1,0 +1,242 @@
+"""The empirical neural tangent kernel and the interaction matrix of a batch, exact, by two routes.
+
+J_i = d f(theta, x_i) / d theta is D x P for a sample with D outputs. The kernel's blocks are K_ij = J_i J_j^T (D x D), and with the
+residuals r_i the interaction matrix is M_ij = r_i^T K_ij r_j = <g_i, g_j>, the inner products of the samples' gradients g_i = J_i^T r_i.
+
+The clear route takes any function f(params, *one_input). The fast route takes a module made of Linear, Conv2d, Embedding, GroupNorm
+and LayerNorm. It uses that a layer z_t = W a_t has the gradient dW = sum_t b_t a_t^T, where b is the cotangent of z, so that
+    <dW_i, dW_j> = sum_ts <a_it, a_js> <b_it, b_js> :
+the Gram matrix of the layer's inputs meets that of its cotangents, and nothing of the size of the parameters is formed. (Novak et al.
+2022 call it structured derivatives.) Run `python ntk.py` for a picture.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import jvp, vjp, vmap
+
+# --- The clear route ---------------------------------------------------------------------------------------------
+
+def ntk_vector_product(f, params, inputs, vectors):
+    """(N, D) K applied to vectors (N, *output shape), K never formed: back to the parameters, then forward again (Eq. 11).
+
+    inputs is a tuple of tensors with N on their first axis, params a dict of tensors. Raises ValueError for other shapes.
+    """
+    every = lambda weights: vmap(lambda *one: f(weights, *one).flatten())(*_checked(inputs))
+    v, pull_back = vjp(every, params)                              # (N, D)
+    g = pull_back(_like(vectors, v))[0]                            # dict      sum_j J_j^T vector_j
+    return jvp(every, (params,), (g,))[1]                          # (N, D)    J_i g
+
+
+def ntk_blocks(f, params, inputs, chunk=16):
+    """(N, N, D, D) K_ij = J_i J_j^T: the products of K with the N D unit vectors, `chunk` of them at once (Eq. 11)."""
+    v = vmap(lambda *one: f(params, *one).flatten())(*_checked(inputs))    # (N, D)
+    unit = torch.eye(v.numel(), dtype=v.dtype, device=v.device).view(-1, *v.shape)                     # (ND, N, D)
+    columns = vmap(lambda vector: ntk_vector_product(f, params, inputs, vector), chunk_size=chunk)(unit)
+    return columns.view(*v.shape, *v.shape).permute(2, 0, 3, 1)    # (j, e, i, d) to (i, j, d, e)
+
+
+def per_sample_gradients(f, params, inputs, vectors):
+    """(N, P) g_i = J_i^T vector_i, with the parameters in the order of the dict (Eq. 10)."""
+    def one(vector, *sample):
+        v, pull_back = vjp(lambda weights: f(weights, *sample), params)
+        return torch.cat([g.flatten() for g in pull_back(vector.view_as(v))[0].values()])
+    return vmap(one)(vectors, *_checked(inputs))
+
+
+def ntk_trace(f, params, inputs, chunk=16):
+    """(N, N) tr K_ij: the Gram matrices of the Jacobian's rows, summed over the D outputs; `chunk` N P numbers in memory (Eq. 11)."""
+    v = vmap(lambda *one: f(params, *one).flatten())(*_checked(inputs))    # (N, D)
+    unit = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)   # (D, D)
+    rows = vmap(lambda e: per_sample_gradients(f, params, inputs, e.expand_as(v)))
+    return sum(torch.einsum("cip,cjp->ij", G, G) for G in map(rows, unit.split(chunk)))
+
+
+def interaction_matrix(f, params, inputs, residuals, chunk=None):
+    """(N, N) M_ij = <g_i, g_j> for residuals (N, *output shape); 2 `chunk` P numbers in memory, 2 N P if None (Eq. 12)."""
+    v = vmap(lambda *one: f(params, *one))(*_checked(inputs))
+    parts = [(part[0], part[1:]) for part in zip(*(z.split(chunk or len(v)) for z in (_like(residuals, v), *inputs)))]
+    G = lambda part: per_sample_gradients(f, params, part[1], part[0])     # (chunk, P)
+    return torch.cat([torch.cat([rows @ G(part).T for part in parts], 1) for rows in map(G, parts)])
+
+
+def _checked(inputs):
+    if not isinstance(inputs, tuple) or len({len(z) for z in inputs}) != 1:
+        raise ValueError("inputs must be a tuple of tensors with the same number of samples on their first axis")
+    return inputs
+
+
+def _like(vectors, v):
+    if len(vectors) != len(v) or vectors.numel() != v.numel():
+        raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} does not fit {tuple(v.shape)}")
+    return vectors.reshape(v.shape)
+
+
+# --- The fast route ----------------------------------------------------------------------------------------------
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
+
+
+def fast_interaction_matrix(model, inputs, residuals):
+    """(N, N) M for model(*inputs), whose samples must not depend on each other; over the parameters that require a gradient (Eq. 12).
+
+    Raises ValueError naming a layer that it does not cover, a shared parameter, or a layer that is called twice.
+    """
+    v, calls = _record(model, inputs)
+    return _sum_of_shares(calls, _cotangents(v, calls, _like(residuals, v)[None]))[0, :, 0]
+
+
+def fast_ntk_blocks(model, inputs, chunk=64):
+    """(N, N, D, D) K_ij; errors as above. Holds D cotangents of every layer's output, from `chunk` backward passes at once (Eq. 11)."""
+    v, calls = _record(model, inputs)
+    unit = torch.eye(v[0].numel(), dtype=v.dtype, device=v.device).view(-1, 1, *v.shape[1:]).expand(-1, *v.shape)     # (D, N, ...)
+    parts = [_cotangents(v, calls, part) for part in unit.split(chunk)]
+    return _sum_of_shares(calls, [torch.cat(of_layer) for of_layer in zip(*parts)]).permute(1, 3, 0, 2)
+
+
+def _record(model, inputs):
+    """The output and the (layer, input, output) of each layer with a trainable parameter."""
+    owner, calls, handles = {}, [], []
+    for name, layer in model.named_modules():
+        own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(f"{name} is a BatchNorm: it couples the samples, so that none has a gradient of its own")
+        if own and not _covered(layer):
+            raise ValueError(f"{name or 'the model'} ({type(layer).__name__}) has parameters, but the fast route covers only plain "
+                             "Linear, Conv2d, Embedding, LayerNorm and GroupNorm; use the clear route")
+        for p in own:
+            if id(p) in owner:
+                raise ValueError(f"{name} shares a parameter with {owner[id(p)]}; use the clear route")
+            owner[id(p)] = name
+        if own:
+            handles.append(layer.register_forward_hook(lambda layer, args, z, name=name: calls.append((name, layer, args[0].detach(), z))))
+    try:
+        with torch.enable_grad():
+            v = model(*_checked(inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, *_ in calls]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is called {names.count(name)} times in one pass; use the clear route")
+    return v, [call[1:] for call in calls]
+
+
+def _covered(layer):
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        return False
+    if isinstance(layer, nn.Embedding) and (layer.padding_idx is not None or layer.max_norm is not None or layer.scale_grad_by_freq):
+        return False
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
+        return False
+    return type(layer) in LAYERS
+
+
+def _cotangents(v, calls, vectors):
+    """For each call the cotangents (C, N, ...) of its output, for C vectors (C, N, ...) at the model's output."""
+    outputs = [z for _, _, z in calls]
+    found = torch.autograd.grad(v, outputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    return [torch.zeros(len(vectors), *z.shape, dtype=z.dtype, device=z.device) if b is None else b for b, z in zip(found, outputs)]
+
+
+def _sum_of_shares(calls, cotangents):
+    """(C, N, C, N) the inner products of all gradients: the sum over the layers, and over weight and bias."""
+    return sum(_share(layer, a, b) for (layer, a, _), b in zip(calls, cotangents))
+
+
+def _share(layer, a, b):
+    """(C, N, C, N) one layer's share, for its input a (N, ...) and the cotangents b (C, N, ...) of its output."""
+    if isinstance(layer, nn.Conv2d):                               # a linear layer on patches
+        a = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT             # (N, T, I)
+        b = b.flatten(3).mT                                        # (C, N, T, O)
+    elif isinstance(layer, nn.Embedding):                          # a linear layer on one-hot words
+        a = F.one_hot(a, layer.num_embeddings).to(b.dtype)         # (N, ..., I)
+    elif isinstance(layer, nn.GroupNorm):
+        a, b = F.group_norm(a, layer.num_groups, eps=layer.eps).movedim(1, -1), b.movedim(2, -1)       # (N, ..., I), (C, N, ..., I)
+    elif isinstance(layer, nn.LayerNorm):
+        a = F.layer_norm(a, layer.normalized_shape, eps=layer.eps) # (N, ..., I)
+    a = a.reshape(len(a), -1, a.shape[-1])                         # (N, T, I)
+    b = b.reshape(*b.shape[:2], -1, b.shape[-1])                   # (C, N, T, O)
+    share, bias = 0, getattr(layer, "bias", None)
+    if layer.weight.requires_grad:
+        norm = isinstance(layer, (nn.GroupNorm, nn.LayerNorm))     # their weight is a diagonal: its gradient is sum_t b_t a_t
+        share = share + (_gram((a * b).sum(2)) if norm else _linear_share(a, b))
+    if bias is not None and bias.requires_grad:
+        share = share + _gram(b.sum(2))
+    return share
+
+
+def _gram(G):
+    """(C, N, C, N) inner products of the gradients G (C, N, anything)."""
+    rows = G.flatten(2).flatten(0, 1)                              # (CN, P of this layer)
+    return (rows @ rows.T).view(*G.shape[:2], *G.shape[:2])
+
+
+def _linear_share(a, b):
+    """(C, N, C, N) of dW = sum_t b_t a_t^T, by whichever needs fewer multiplications: dW itself or the two Gram matrices."""
+    (N, T, I), (C, _, _, O) = a.shape, b.shape
+    if C * N * T * I * O + (C * N) ** 2 * I * O < (N * T) ** 2 * I + C * (N * T) ** 2 * O + (C * N) ** 2 * T * O:
+        return _gram(torch.einsum("nti,cnto->cnio", a, b))
+    share = b.new_empty(C, N, C, N)
+    for i in range(N):                                             # K is symmetric: from sample i on is enough
+        A = torch.einsum("ti,nsi->nts", a[i], a[i:])               # (N - i, T, T)      <a_it, a_js>
+        met = A @ b[:, i:]                                         # (C, N - i, T, O)   sum_s <a_it, a_js> b_js
+        share[:, i, :, i:] = torch.einsum("cto,dnto->cdn", b[:, i], met)
+        share[:, i:, :, i] = share[:, i, :, i:].permute(1, 2, 0).clone()
+    return share
+
+
+# --- What the kernel says about training -------------------------------------------------------------------------
+
+def loss_velocity(M):
+    """dL/dtau = -|grad L|^2 under gradient flow on L = 1/(2N) sum_i |r_i|^2, as (trace term, cross terms) (Eq. 13)."""
+    own = M.diagonal().sum()
+    return -own / len(M) ** 2, -(M.sum() - own) / len(M) ** 2
+
+
+def sample_velocities(M):
+    """(N,), (N,): d(|r_i|^2 / 2)/dtau as a sample's own progress and the interference of the others; below 0 is better (Eq. 14)."""
+    own = M.diagonal()
+    return -own / len(M), -(M.sum(1) - own) / len(M)
+
+
+def predicted_change(M, eta):
+    """The change of L by a step theta - eta grad L, up to O(eta^2) (Eq. 15)."""
+    return eta * sum(loss_velocity(M))
+
+
+def cosines(M):
+    """(N, N) the cosines between the samples' gradients."""
+    size = M.diagonal().sqrt()
+    return M / (size[:, None] * size)
+
+
+def conflict_share(M, groups=None):
+    """(G, G) the share of pairs i != j with M_ij < 0, within and between groups ((N,) labels); one group if None; nan: no pair."""
+    labels, of = torch.unique(torch.zeros(len(M)) if groups is None else groups, return_inverse=True)
+    member = F.one_hot(of, len(labels)).to(M)                      # (N, G)
+    pairs = 1 - torch.eye(len(M), dtype=M.dtype, device=M.device)
+    count = lambda chosen: member.T @ (chosen * pairs) @ member    # (G, G)
+    return count((M < 0).to(M)) / count(torch.ones_like(M))
+
+
+def frozen_residuals(K, r, tau):
+    """(N, D) r(tau) = exp(-K tau / N) r(0), for K (N, N, D, D) and r (N, D): gradient flow if the kernel stood still (Eq. 16)."""
+    N, D = r.shape
+    values, vectors = torch.linalg.eigh(K.permute(0, 2, 1, 3).reshape(N * D, N * D))
+    return (vectors @ (torch.exp(-values * tau / N) * (vectors.T @ r.flatten()))).view(N, D)
+
+
+def kernel_drift(K, K_start):
+    """|K - K(0)|_F / |K(0)|_F, of the blocks or of their traces (Eq. 16)."""
+    return (K - K_start).norm() / K_start.norm()
+
+
+def sign_agreement(M, residuals):
+    """The share of pairs i < j in which <r_i, r_j> and M_ij have the same sign: a kernel need not keep it (Eq. 17)."""
+    r = residuals.flatten(1)
+    i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
+    return ((r @ r.T)[i, j].sign() == M[i, j].sign()).to(M).mean()

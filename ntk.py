@@ -85,15 +85,14 @@ def fast_interaction_matrix(model, inputs, residuals):
     Raises ValueError naming a layer that it does not cover, a shared parameter, or a layer that is called twice.
     """
     v, calls = _record(model, inputs)
-    return _sum_of_shares(calls, _cotangents(v, calls, _like(residuals, v)[None]))[0, :, 0]
+    return _sum_of_shares(calls, [_cotangents(v, calls, _like(residuals, v)[None])])[0, :, 0]
 
 
 def fast_ntk_blocks(model, inputs, chunk=64):
     """(N, N, D, D) K_ij; errors as above. Holds D cotangents of every layer's output, from `chunk` backward passes at once (Eq. 11)."""
     v, calls = _record(model, inputs)
     unit = torch.eye(v[0].numel(), dtype=v.dtype, device=v.device).view(-1, 1, *v.shape[1:]).expand(-1, *v.shape)     # (D, N, ...)
-    parts = [_cotangents(v, calls, part) for part in unit.split(chunk)]
-    return _sum_of_shares(calls, [torch.cat(of_layer) for of_layer in zip(*parts)]).permute(1, 3, 0, 2)
+    return _sum_of_shares(calls, [_cotangents(v, calls, part) for part in unit.split(chunk)]).permute(1, 3, 0, 2)
 
 
 def _record(model, inputs):
@@ -142,9 +141,12 @@ def _cotangents(v, calls, vectors):
     return [torch.zeros(len(vectors), *z.shape, dtype=z.dtype, device=z.device) if b is None else b for b, z in zip(found, outputs)]
 
 
-def _sum_of_shares(calls, cotangents):
-    """(C, N, C, N) the inner products of all gradients: the sum over the layers, and over weight and bias."""
-    return sum(_share(layer, a, b) for (layer, a, _), b in zip(calls, cotangents))
+def _sum_of_shares(calls, parts):
+    """(C, N, C, N) the inner products of all gradients: the sum over the layers. Uses up the parts, chunks of _cotangents."""
+    share = 0
+    for layer, a, _ in calls:
+        share = share + _share(layer, a, torch.cat([part.pop(0) for part in parts]))
+    return share
 
 
 def _share(layer, a, b):

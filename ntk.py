@@ -242,3 +242,116 @@ def sign_agreement(M, residuals):
     r = residuals.flatten(1)
     i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
     return ((r @ r.T)[i, j].sign() == M[i, j].sign()).to(M).mean()
+
+
+def main(file="ntk.png"):
+    try:
+        import dit, flow_matching as fm, toy_data as td
+    except ImportError:
+        return print("The demo needs dit.py, flow_matching.py, toy_data.py and matplotlib beside this file; its functions do not.")
+    import matplotlib.pyplot as plt
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = dit.DiT(len(td.WORDS), pixels=8, patch=2, width=32, depth=2)
+
+    def draw(roots, views, dtype=torch.float32):
+        """x0, tokens and e for each root at each view."""
+        n = len(roots.background)
+        scenes, granularity = roots.take(torch.arange(n).repeat_interleave(len(views))), torch.tensor(views).repeat(n)
+        tokens = td.tokenize(td.captions(scenes, [td.GRANULARITIES[g] for g in granularity]))
+        x0 = td.render(scenes, td.view_boxes(scenes, granularity), 8).to(dtype)
+        return x0, tokens, torch.randn(x0.shape, generator=generator, dtype=dtype)
+
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(400):                                           # a moment of training, away from the zero start
+        x0, tokens, e = draw(td.sample_scenes(8, generator), [0, 1, 2])
+        optimizer.zero_grad()
+        fm.loss(model, x0, tokens, fm.uniform_time(len(x0), generator), e).mean().backward()
+        optimizer.step()
+    model.double()
+
+    roots, levels = td.sample_scenes(4, generator, "target"), (0.2, 0.5, 0.8)
+    x0, tokens, e = (z.repeat_interleave(3, 0) for z in draw(roots, [0, 1, 2], torch.float64))     # (36, ...)  a new domain
+    t = torch.tensor(levels, dtype=torch.float64).repeat(12)       # (36,)
+    inputs, u = (fm.path(x0, e, t), t, tokens), fm.target(x0, e)
+    residuals = lambda: model(*inputs) - u
+    r = residuals().detach()                                       # (36, 3, 8, 8)
+    M = fast_interaction_matrix(model, inputs, r).detach()         # (36, 36)
+    own, cross = loss_velocity(M)
+    L = lambda: residuals().square().sum() / 72
+    grads = torch.autograd.grad(L(), list(model.parameters()), allow_unused=True)
+    norm = sum(g.square().sum() for g in grads if g is not None)
+    print(f"Eq. 12, 13: dL/dtau = {own:.1f} (each sample alone) + {cross:.1f} (cross terms); -|grad L|^2 = {-norm:.1f},",
+          f"relative gap {abs(own + cross + norm) / norm:.0e}")
+    mine, others = sample_velocities(M)
+    print(f"Eq. 14: {(others > -mine).sum()} of 36 samples are made worse by their batch")
+    print(f"conflicting pairs: {conflict_share(M).item():.1%}; by noise level {levels}:")
+    print(conflict_share(M, t).numpy().round(2))
+    print(f"Eq. 17: the residuals' product has the sign of the gradients' in {sign_agreement(M, r):.1%} of pairs")
+
+    etas = torch.logspace(-1, -6, 11, dtype=torch.float64)
+    start, before, weights = [p.detach().clone() for p in model.parameters()], L().item(), list(model.parameters())
+
+    @torch.no_grad()
+    def change(eta):
+        for p, p0, g in zip(weights, start, grads):
+            p.copy_(p0 if g is None else p0 - eta * g)
+        return L().item() - before
+    gap = torch.tensor([abs(change(eta) - predicted_change(M, eta)) for eta in etas])
+    change(0.0)
+    print("Eq. 15: the slope of the error in eta, from eta = 1e-1 down to 1e-6:", (2 * (gap[:-1] / gap[1:]).log10()).numpy().round(2))
+
+    few = tuple(z[:9:3] for z in inputs)                           # three views of one root at t = 0.2
+    r0 = (model(*few) - u[:9:3]).detach().flatten(1)               # (3, 192)
+    K = fast_ntk_blocks(model, few).detach()                       # (3, 3, 192, 192)
+    values = torch.linalg.eigvalsh(K.permute(0, 2, 1, 3).reshape(576, 576)).flip(0)
+    eta, taus, truth, frozen, drifts = 0.1 * 3 / values[0], [], [], [], []
+    for step in range(301):                                        # gradient descent in small steps, beside the frozen kernel
+        loss = (model(*few) - u[:9:3]).square().sum() / 6
+        if step % 30 == 0:
+            taus.append(step * eta.item())
+            truth.append(loss.item() * 6 / r0.square().sum().item())
+            frozen.append(frozen_residuals(K, r0, step * eta).square().sum().item() / r0.square().sum().item())
+            drifts.append(kernel_drift(fast_ntk_blocks(model, few).detach(), K).item())
+        for p, g in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True)):
+            p.data -= 0 if g is None else eta * g
+    print(f"Eq. 16: after tau = {taus[-1]:.1e} {truth[-1]:.1%} of the loss is left, a frozen kernel says {frozen[-1]:.1%}; the kernel has moved by {drifts[-1]:.0%}")
+
+    figure, ((a, b, c), (d, f, h)) = plt.subplots(2, 3, figsize=(19, 11), layout="constrained")
+    for axis, matrix, title in ((a, r.flatten(1) @ r.flatten(1).T, "the residuals: cosines of <r_i, r_j>"),
+                                (b, M, "twisted by the kernel: cosines of M_ij (Eq. 12)")):
+        shown = axis.imshow(cosines(matrix).numpy(), vmin=-1, vmax=1, cmap="PuOr")
+        axis.set(xticks=range(4, 36, 9), yticks=range(4, 36, 9), title=title)
+        axis.set_xticklabels([f"root {k + 1}" for k in range(4)])
+        axis.set_yticklabels([f"root {k + 1}" for k in range(4)])
+        for edge in (8.5, 17.5, 26.5):
+            axis.axhline(edge, color="black", linewidth=0.8)
+            axis.axvline(edge, color="black", linewidth=0.8)
+        axis.set_xlabel("in each root: macro, meso, micro; in each of these: t = 0.2, 0.5, 0.8")
+    figure.colorbar(shown, ax=b, label="cosine (negative: in conflict)")
+    shares = conflict_share(M, torch.arange(36) % 9).numpy()
+    shown = c.imshow(shares, vmin=0, vmax=0.5, cmap="cividis")
+    names = [f"{name}, t = {level}" for name in td.GRANULARITIES for level in levels]
+    c.set(xticks=range(9), yticks=range(9), title="share of conflicting pairs, by granularity and t")
+    c.set_xticklabels(names, rotation=60)
+    c.set_yticklabels(names)
+    figure.colorbar(shown, ax=c, label="share of pairs with M_ij < 0")
+    d.loglog(etas, gap, "o-", color="#0072b2", label="|measured - predicted| change of L")
+    d.loglog(etas, gap / (etas * norm).detach(), "s-", color="#e69f00", label="the same, relative to the prediction")
+    d.loglog(etas, gap[4] * (etas / etas[4]) ** 2, ":", color="grey", label="slope 2")
+    d.set(xlabel="step size eta", ylabel="error of Eq. 15", title="Eq. 15: M predicts a small step")
+    f.semilogy(range(1, 577), values.clamp(min=values[0] * 1e-16).numpy(), color="#0072b2")
+    f.set(xlabel="rank", ylabel="eigenvalue", title="spectrum of K (3 samples of 192 outputs)")
+    h.plot(taus, truth, "o-", color="#0072b2", label="gradient descent")
+    h.plot(taus, frozen, "s--", color="#e69f00", label="frozen kernel (Eq. 16)")
+    h.plot(taus, drifts, ":", color="grey", label="drift |K - K(0)| / |K(0)|")
+    h.set(xlabel="training time tau", ylabel="loss, relative to its start; drift", title="Eq. 16: they part as K drifts", ylim=(0, None))
+    h.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    for axis in (d, h):
+        axis.legend()
+    figure.savefig(file, dpi=80)
+    print("drawn:", file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -260,3 +260,10 @@ def test_conflicts_cosines_and_signs_of_known_gradients():
     assert math.isnan(ntk.conflict_share(M, torch.arange(4))[2, 2])
     assert ntk.sign_agreement(M, G) == 1                                   # the kernel of the identity keeps every sign
     assert ntk.sign_agreement(M, torch.tensor([[1.0], [1], [1], [0]]).double()) == pytest.approx(4 / 6)
+
+
+def test_demo_draws(tmp_path, capsys):
+    ntk.main(tmp_path / "picture.png")
+    printed = capsys.readouterr().out
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert [float(word) for word in printed.split("1e-6: [")[1].split("]")[0].split()][-3:] == pytest.approx([2, 2, 2], abs=0.05)

@@ -98,7 +98,9 @@ PRESETS["tiny", "unet"] = PRESETS["tiny", "dit"]
 # --- The method --------------------------------------------------------------------------------------------------
 
 def build(s):
-    """The network of the settings, with weights that depend on nothing but its seed."""
+    """The network of the settings, with weights that depend on nothing but its seed. Raises Stop if it cannot be had."""
+    if s.device == "cuda" and not torch.cuda.is_available():
+        raise Stop("--device cuda was asked for, but torch finds no CUDA device here")
     torch.manual_seed(s.seed)
     words = len(toy_data.WORDS)
     try:
@@ -176,7 +178,7 @@ class Run:
         self.new_optimizer()
 
     def train_step(self, roots):
-        """One optimizer step; returns the norm of the gradient before clipping. Raises Stop, unchanged, if not finite."""
+        """One optimizer step; returns the norm of the gradient before clipping. Raises Stop, with the weights as they were, if not finite."""
         s, phase, step = self.settings, self.phase(), self.step + 1
         x0, tokens, t, e = draw_batch(phase, roots, s, self.generator)
         loss = fm.loss(velocity(self.model, s), x0, tokens, t, e).mean()
@@ -241,7 +243,10 @@ def load_weights(file, model, s):
     for name in ("model", "pixels", "width", "depth", "patch"):
         if getattr(theirs, name) != getattr(s, name):
             raise Stop(f"{file} has --{name} {getattr(theirs, name)}, not {getattr(s, name)}")
-    model.load_state_dict(content["ema"])
+    try:
+        model.load_state_dict(content["ema"])
+    except RuntimeError:
+        raise Stop(f"the weights in {file} do not fit this network: another vocabulary or another version of its code")
     return model
 
 
@@ -358,8 +363,8 @@ def evaluate(model, domain, split, view, s, roots):
 def report(run, folder):
     """Evaluates the pretrained and the fine-tuned model, prints the table, and writes report.json and the pictures."""
     s, roots = run.settings, draw_roots(run.settings)
-    pretrained = load_weights(os.path.join(folder, "pretrained.pt"), copy.deepcopy(run.ema), s) if not s.init else run.ema
-    tasks = [] if s.init else [("pretrained", pretrained, "base", split, "macro") for split in ("seen", "held_out")]
+    pretrained = load_weights(os.path.join(folder, "pretrained.pt"), copy.deepcopy(run.ema), s)
+    tasks = [("pretrained", pretrained, "base", split, "macro") for split in ("seen", "held_out")]
     tasks += [("fine-tuned", run.ema, "target", split, view) for split in ("seen", "held_out") for view in GRANULARITIES]
     print(f"\n{'model':10} {'captions':16} {'view':5} {'val loss':>8} {'floor':>6} {'|v-u*|^2':>8} {'layout':>6} {'shape':>6} {'textur':>6}"
           f" {'joint':>6} {'95% interval':>13} {'ceiling':>7} {'valid':>6}")
@@ -386,7 +391,7 @@ VIEW_COLOURS = {"macro": "#0072b2", "meso": "#e69f00", "micro": "#009e73"}      
 
 def show(axis, images):
     """Images, each (3, h, w), side by side."""
-    strip = torch.cat([torch.nn.functional.pad(x.cpu(), (1, 1, 1, 1), value=1.0) for x in images], 2)
+    strip = torch.cat([torch.nn.functional.pad(x.cpu(), (1, 1, 1, 1), value=0.3) for x in images], 2)
     axis.imshow(((strip.clamp(-1, 1).permute(1, 2, 0) + 1) / 2).numpy())
     axis.set_axis_off()
 
@@ -398,12 +403,12 @@ def draw_samples(pretrained, finetuned, s, roots, file):
                (pretrained, "base", "held_out", "pretrained, base domain: held-out combinations", ["macro"] * 5),
                (finetuned, "target", "held_out", "fine-tuned, target domain: held-out combinations", ["macro", "macro", "meso", "meso", "micro"])]
     figure, axes = plt.subplots(5, 3, figsize=(15, 7), constrained_layout=True)
-    for stream, (column, (model, domain, split, title, views)) in enumerate(zip(axes.T, columns), 6):
+    for stream, (column, (model, domain, split, title, views)) in enumerate(zip(axes.T, columns), 7):
         scenes = toy_data.sample_scenes(5, seeded(s, stream), domain, split, s.objects)
         granularity = torch.tensor([GRANULARITIES.index(view) for view in views], device=s.device)
         truth, tokens = draw(scenes, granularity, s)
         others, _ = draw(scenes._replace(nuisance=scenes.nuisance.flip(0)), granularity, s)
-        drawn = sample(model, tokens.repeat_interleave(3, 0), s, seeded(s, 9)).unflatten(0, (5, 3))
+        drawn = sample(model, tokens.repeat_interleave(3, 0), s, seeded(s, 6)).unflatten(0, (5, 3))
         for k, axis in enumerate(column):
             show(axis, [truth[k], others[k], torch.ones_like(truth[k, :, :, :6]), *drawn[k]])
             axis.set_title((title + "\n" if k == 0 else "") + toy_data.captions(scenes, views)[k], fontsize=11)
@@ -461,8 +466,6 @@ def parse_settings(arguments):
         preset = "gpu" if given.get("device", "cuda") == "cuda" and torch.cuda.is_available() else "cpu"
     model = given.get("model", "dit")
     s = Settings(**PRESETS.get((preset, model), {}) | given)
-    if s.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("--device cuda was asked for, but torch finds no CUDA device here")
     return given, s, out or os.path.join("runs", f"{s.model}-{s.seed}"), resume
 
 
@@ -475,6 +478,8 @@ def start(s, folder):
         load_weights(s.init, run.ema, s)
         run.step = s.pretrain_steps
     os.makedirs(folder, exist_ok=True)
+    if s.init:
+        run.save(os.path.join(folder, "pretrained.pt"))
     run.save(os.path.join(folder, "checkpoint.pt"))
     return run
 
@@ -527,8 +532,6 @@ def main_sample(arguments):
         raise Stop(str(error))
     changes = {"device": a.device, "seed": a.seed} | ({} if a.guidance is None else {"guidance": a.guidance}) | ({} if a.model is None else {"model": a.model})
     s = dataclasses.replace(load(a.checkpoint)[0], **changes)
-    if s.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("--device cuda was asked for, but torch finds no CUDA device here")
     model = load_weights(a.checkpoint, build(s), s)
     images = sample(model, tokens.repeat_interleave(4, 0).to(s.device), s, seeded(s, 0)).unflatten(0, (-1, 4))
     import matplotlib.pyplot as plt

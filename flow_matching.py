@@ -24,9 +24,9 @@ def target(x0, e):
 def loss(model, x0, tokens, t, e):
     """(N,) |r_i|^2 / D with r_i = v_i - u_i (Eq. 3). Its mean is 2/D times L = 1/(2N) sum_i |r_i|^2; D outputs a sample.
 
-    Path, target and residual are float32 (or wider) even if the network computes in bfloat16.
+    Path, target and residual have the type of x0, so float32 even if the network answers in bfloat16.
     """
-    r = model(path(x0, e, t), t, tokens).to(x0.dtype) - target(x0, e)      # (N, ...)
+    r = model(path(x0, e, t), t, tokens) - target(x0, e)                   # (N, ...)
     return (r * r).flatten(1).mean(1)                                      # (N,)
 
 

@@ -79,6 +79,13 @@ def test_captions_steer_the_velocity(model, batch):
     assert (change(tokens.clone()) == 0).all()
 
 
+def test_every_weight_has_a_say(model, batch):
+    """No layer is built and then left out: words reach the image through attention too, not only through their mean."""
+    model(*batch).square().sum().backward()
+    silent = [name for name, weight in model.named_parameters() if weight.grad is None or weight.grad.abs().max() < 1e-12]
+    assert not [name for name in silent if not name.endswith("bias")], silent      # a norm or a softmax may undo a bias
+
+
 def test_near_times_are_told_apart(model, batch):
     x, t, tokens = batch
     size = model(x, t, tokens).abs().mean()

@@ -298,6 +298,16 @@ def test_fine_tuning_sees_only_the_roots_at_three_granularities():
     assert len(x0.flatten(1).unique(dim=0)) <= 12 and len(e.flatten(1).unique(dim=0)) == 300
 
 
+def test_fine_tuning_begins_with_the_averaged_weights_and_a_new_optimizer():
+    run = train.Run(train.Settings(width=24, depth=1, batch=2, pixels=8))
+    for _ in range(3):
+        run.train_step(None)
+    pairs = lambda: zip(run.model.parameters(), run.ema.parameters())
+    assert not all(torch.equal(a, b) for a, b in pairs()) and run.optimizer.state
+    run.begin_finetuning()
+    assert all(torch.equal(a, b) for a, b in pairs()) and not run.optimizer.state
+
+
 def test_captions_are_dropped_sample_by_sample():
     s = train.Settings(batch=4000, pixels=8, caption_dropout=0.25)
     tokens = train.draw_batch("pretrain", None, s, train.seeded(s, 0))[1]

@@ -180,9 +180,11 @@ def main(file="flow_matching.png"):
     total = [((v(path(x0, e, t.expand(n)), t.expand(n)) - target(x0, e)) ** 2).mean() for t in grid]
     d.plot(grid.numpy(), torch.stack(total).numpy(), color="#e69f00", label="loss of a v that is u* + 0.3")
     d.plot(grid.numpy(), torch.stack(floor).numpy(), color="#0072b2", label="its floor, E|u - u*|² / D")
-    d.set(xlabel="t (0 is data, 1 is noise)", ylabel="loss per output", ylim=(0, None), title="Eq. 5: the loss has a floor;\nabove it is |v - u*|²/D = 0.09")
+    d.set(xlabel="t (0 is data, 1 is noise)", ylabel="loss per output", ylim=(0, None))
+    d.set_title("Eq. 5: the loss has a floor;\nabove it is |v - u*|²/D = 0.09")
     d.legend(loc="lower right")
-    print(f"Eq. 5: mean over t of the floor {torch.stack(floor).mean():.3f}, of the loss {torch.stack(total).mean():.3f}; their difference is near 0.3^2")
+    print(f"Eq. 5: mean over t of the floor {torch.stack(floor).mean():.3f}, of the loss {torch.stack(total).mean():.3f};",
+          "their difference is near 0.3^2")
 
     groups = torch.tensor([0, 0, 1, 1, 1])
     x, t = e[:6].double(), torch.full((6,), 0.7, dtype=torch.float64)

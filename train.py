@@ -511,7 +511,8 @@ def main_train(arguments):
     run = resume(given, folder) if resuming else start(s, folder)
     cut_log(folder, run.step)
     s = run.settings
-    print(f"{s.model} with {sum(p.numel() for p in run.model.parameters()):,} parameters on {s.device}, {s.pixels} px, from step {run.step}: {folder}", flush=True)
+    size = sum(p.numel() for p in run.model.parameters())
+    print(f"{s.model} with {size:,} parameters on {s.device}, {s.pixels} px, from step {run.step}: {folder}", flush=True)
     train(run, folder)
     report(run, folder)
 
@@ -530,8 +531,8 @@ def main_sample(arguments):
         tokens = toy_data.tokenize(a.captions)
     except ValueError as error:
         raise Stop(str(error))
-    changes = {"device": a.device, "seed": a.seed} | ({} if a.guidance is None else {"guidance": a.guidance}) | ({} if a.model is None else {"model": a.model})
-    s = dataclasses.replace(load(a.checkpoint)[0], **changes)
+    wanted = {"device": a.device, "seed": a.seed, "guidance": a.guidance, "model": a.model}
+    s = dataclasses.replace(load(a.checkpoint)[0], **{name: value for name, value in wanted.items() if value is not None})
     model = load_weights(a.checkpoint, build(s), s)
     images = sample(model, tokens.repeat_interleave(4, 0).to(s.device), s, seeded(s, 0)).unflatten(0, (-1, 4))
     import matplotlib.pyplot as plt

@@ -7,15 +7,18 @@ The clear route takes any function f(params, *one_input). The fast route takes a
 and LayerNorm. It uses that a layer z_t = W a_t has the gradient dW = sum_t b_t a_t^T, where b is the cotangent of z, so that
     <dW_i, dW_j> = sum_ts <a_it, a_js> <b_it, b_js> :
 the Gram matrix of the layer's inputs meets that of its cotangents, and nothing of the size of the parameters is formed. (Novak et al.
-2022 call it structured derivatives.) Run `python ntk.py` for a picture.
+2022 call it structured derivatives.) Run `python ntk.py` for a picture, `python ntk.py --bench` for times and
+memory beside other ways to the same numbers.
 """
 
+import statistics
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import jvp, vjp, vmap
+from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
 # --- The clear route ---------------------------------------------------------------------------------------------
 
@@ -88,11 +91,20 @@ def fast_interaction_matrix(model, inputs, residuals):
     return _sum_of_shares(calls, [_cotangents(v, calls, _like(residuals, v)[None])])[0, :, 0]
 
 
-def fast_ntk_blocks(model, inputs, chunk=64):
-    """(N, N, D, D) K_ij; errors as above. Holds D cotangents of every layer's output, from `chunk` backward passes at once (Eq. 11)."""
+def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27):
+    """(N, N, D, D) K_ij; errors as above. Works on as many layers at once as have `hold` cotangents, the next on the next (Eq. 11)."""
     v, calls = _record(model, inputs)
-    unit = torch.eye(v[0].numel(), dtype=v.dtype, device=v.device).view(-1, 1, *v.shape[1:]).expand(-1, *v.shape)     # (D, N, ...)
-    return _sum_of_shares(calls, [_cotangents(v, calls, part) for part in unit.split(chunk)]).permute(1, 3, 0, 2)
+    D = v[0].numel()
+    unit = torch.eye(D, dtype=v.dtype, device=v.device).view(D, 1, *v.shape[1:]).expand(-1, *v.shape)      # (D, N, ...)
+    groups, held = [[]], 0
+    for call in calls[::-1]:                                       # from the output on: the first backward passes are short
+        held += D * call[2].numel()
+        if groups[-1] and held > hold:
+            groups.append([])
+            held = D * call[2].numel()
+        groups[-1].append(call)
+    K = sum(_sum_of_shares(group, [_cotangents(v, group, part) for part in unit.split(chunk)]) for group in groups)
+    return K.permute(1, 3, 0, 2)
 
 
 def _record(model, inputs):
@@ -182,13 +194,13 @@ def _linear_share(a, b):
     (N, T, I), (C, _, _, O) = a.shape, b.shape
     if C * N * T * I * O + (C * N) ** 2 * I * O < (N * T) ** 2 * I + C * (N * T) ** 2 * O + (C * N) ** 2 * T * O:
         return _gram(torch.einsum("nti,cnto->cnio", a, b))
-    share = b.new_empty(C, N, C, N)
+    share, b = b.new_empty(N, C, N, C), b.transpose(0, 1).contiguous()     # (N, C, T, O)
     for i in range(N):                                             # K is symmetric: from sample i on is enough
-        A = torch.einsum("ti,nsi->nts", a[i], a[i:])               # (N - i, T, T)      <a_it, a_js>
-        met = A @ b[:, i:]                                         # (C, N - i, T, O)   sum_s <a_it, a_js> b_js
-        share[:, i, :, i:] = torch.einsum("cto,dnto->cdn", b[:, i], met)
-        share[:, i:, :, i] = share[:, i, :, i:].permute(1, 2, 0).clone()
-    return share
+        A = a[i] @ a[i:].mT                                        # (N - i, T, T)      <a_it, a_js>
+        met = A[:, None] @ b[i:]                                   # (N - i, C, T, O)   sum_s <a_it, a_js> b_js
+        share[i, :, i:] = (b[i].flatten(1) @ met.flatten(2).flatten(0, 1).T).view(C, -1, C)
+        share[i:, :, i] = share[i, :, i:].permute(1, 2, 0).clone()
+    return share.permute(1, 0, 3, 2)
 
 
 # --- What the kernel says about training -------------------------------------------------------------------------
@@ -242,6 +254,95 @@ def sign_agreement(M, residuals):
     r = residuals.flatten(1)
     i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
     return ((r @ r.T)[i, j].sign() == M[i, j].sign()).to(M).mean()
+
+
+# --- Benchmark: other ways to the same numbers -------------------------------------------------------------------
+
+def jacobian_contraction(f, params, inputs):
+    """(N, N, D, D) K as method 1 of torch.func's tutorial on the NTK has it: both Jacobians whole, then contracted."""
+    J = lambda: vmap(lambda *one: jacrev(f)(params, *one))(*inputs)        # dict of (N, D, *parameter)
+    return sum(torch.einsum("idp,jep->ijde", a.flatten(2), b.flatten(2)) for a, b in zip(J().values(), J().values()))
+
+
+def pairwise_vector_products(f, params, inputs):
+    """(N, N, D, D) K as its method 2 has it: for each of the N^2 pairs, D vectors back through one sample and forward through the other."""
+    def block(x_i, x_j):
+        v, pull_back = vjp(lambda weights: f(weights, *x_j), params)
+        push = lambda vector: jvp(lambda weights: f(weights, *x_i), (params,), pull_back(vector))[1]
+        return vmap(push)(torch.eye(len(v), dtype=v.dtype, device=v.device)).T
+    return vmap(lambda *x_i: vmap(lambda *x_j: block(x_i, x_j))(*inputs))(*inputs)
+
+
+def cost(work, device):
+    """(seconds, bytes): the least time of work() in a second or two, and its peak memory above what was there before."""
+    def repeat():
+        times = []
+        while sum(times) < 1:
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return repeat(), torch.cuda.max_memory_allocated() - before
+    import multiprocessing, resource                               # on a CPU the peak is that of a process: one for each work
+    def child(pipe):
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        before = peak()
+        pipe.send((repeat(), peak() - before))
+    mine, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
+    process.start()
+    theirs.close()
+    try:
+        return mine.recv()
+    except EOFError:
+        raise RuntimeError("the benchmark's process ended early, most likely for want of memory")
+    finally:
+        process.join()
+
+
+def contest(model, draw, rounds, device, sizes=(4, 2, 8, 256)):
+    """Rows (what, other way, median ratio of the times, seconds, seconds, bytes, bytes), the fast route first; in turns."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    f = lambda weights, *one: functional_call(model, weights, tuple(z[None] for z in one))[0].flatten()
+    rows = []
+    for N, (what, name) in zip(sizes, (("K", "method 1"), ("K", "method 2"), ("M", "vmap(grad)"), ("M", "vmap(grad)"))):
+        x = draw(N)
+        r = torch.randn(N, f(params, *(z[0] for z in x)).numel(), device=device)
+        fast = (lambda: fast_ntk_blocks(model, x)) if what == "K" else (lambda: fast_interaction_matrix(model, x, r))
+        other = {"method 1": lambda: jacobian_contraction(f, params, x), "method 2": lambda: pairwise_vector_products(f, params, x),
+                 "vmap(grad)": lambda: interaction_matrix(f, params, x, r)}[name]
+        runs = [(cost(fast, device), cost(other, device)) for _ in range(rounds)]
+        ratio = statistics.median(slow[0] / quick[0] for quick, slow in runs)
+        rows.append((f"{what}, N = {N}", name, ratio, *(statistics.median(run[k][m] for run in runs) for m in (0, 1) for k in (0, 1))))
+    return rows
+
+
+def bench(rounds=3):
+    try:
+        import dit, toy_data as td, unet
+    except ImportError:
+        return print("The benchmark needs dit.py, unet.py and toy_data.py beside this file.")
+    device, words = "cuda" if torch.cuda.is_available() else "cpu", len(td.WORDS)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    image = lambda N: torch.randn(N, 3, 16, 16, device=device)
+    text = lambda N: (image(N), torch.rand(N, device=device), torch.randint(1, words, (N, 12), device=device))
+    contestants = {"MLP": (nn.Sequential(nn.Flatten(), nn.Linear(768, 128), nn.GELU(), nn.Linear(128, 768)), lambda N: (image(N),)),
+                   "DiT": (dit.DiT(words, 16, 4, 64, 2), text), "U-Net": (unet.UNet(words, 16, (16, 24, 32), 32), text)}
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'one CPU thread'}, torch {torch.__version__}, float32, D = 768, {rounds} rounds in turns")
+    print("| model (parameters) | what | against | times faster (median) | seconds | theirs | MB | theirs | share of their memory |\n|" + "---|" * 9)
+    for name, (model, draw) in contestants.items():
+        for p in model.to(device).parameters():
+            p.data.add_(0.02 * torch.randn_like(p))                # away from the zero start
+        for what, other, ratio, fast, slow, small, large in contest(model, draw, rounds, device):
+            print(f"| {name} ({sum(p.numel() for p in model.parameters()):,}) | {what} | {other} | {ratio:.1f} | {fast:.3g} | {slow:.3g} |"
+                  f" {small / 2**20:.0f} | {large / 2**20:.0f} | {small / max(large, 1):.2f} |", flush=True)
 
 
 def main(file="ntk.png"):
@@ -354,4 +455,4 @@ def main(file="ntk.png"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    bench(*map(int, sys.argv[2:])) if sys.argv[1:2] == ["--bench"] else main(*sys.argv[1:])

@@ -221,10 +221,10 @@ def largest_real_residual(granularity, pixels, objects=1):
     Their nuisance is drawn between the values that training uses, so the reader, who knows only those, cannot fit exactly.
     """
     generator, residuals = torch.Generator().manual_seed(0), []
+    low, high = NUISANCES.min(0).values, NUISANCES.max(0).values
     for domain in DOMAINS:
         for _ in range(4):
             scenes = sample_scenes(256, generator, domain, "seen", objects)
-            low, high = NUISANCES.min(0).values, NUISANCES.max(0).values
             scenes = scenes._replace(nuisance=low + (high - low) * torch.rand(256, 3, generator=generator))
             residuals.append(read(render(scenes, view_boxes(scenes, granularity), pixels), granularity, objects)[2])
     return torch.cat(residuals).quantile(0.999).item()

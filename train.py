@@ -12,6 +12,7 @@ import argparse
 import copy
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import time
 import torch
 
 import flow_matching as fm
+import ntk
 import toy_data
 from dit import DiT
 from toy_data import GRANULARITIES
@@ -74,6 +76,7 @@ class Settings:
     guidance: float = option(2.0, "scale of the guidance when sampling; 1 is off", 0.0, 100.0)
     sample_steps: int = option(12, "steps of Heun's method when sampling", 1)
     eval_images: int = option(256, "images behind every figure of the report", 2)
+    probe: int = option(0, "roots of the probe batch: its interaction matrix joins every row of the log (0 is off)", 0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -88,11 +91,10 @@ PRESETS = {
     ("cpu", "dit"): {},
     ("cpu", "unet"): {"pretrain_steps": 4500, "finetune_steps": 500, "batch": 32, "lr": 2e-3},
     ("gpu", "dit"): {"device": "cuda", "precision": "bfloat16", "pixels": 32, "objects": 2, "width": 192, "batch": 256, "lr": 2e-3},
-    ("gpu", "unet"): {"device": "cuda", "precision": "bfloat16", "pixels": 32, "objects": 2, "width": 192, "batch": 256, "lr": 2e-3},
     ("tiny", "dit"): {"width": 24, "depth": 1, "roots": 4, "pretrain_steps": 8, "finetune_steps": 4, "batch": 4, "warmup": 2,
                       "every": 2, "sample_steps": 2, "eval_images": 8},
 }
-PRESETS["tiny", "unet"] = PRESETS["tiny", "dit"]
+PRESETS |= {(size, "unet"): PRESETS[size, "dit"] for size in ("gpu", "tiny")}
 
 
 # --- The method --------------------------------------------------------------------------------------------------
@@ -123,6 +125,11 @@ def draw(scenes, granularity, s):
     """Images (n, 3, pixels, pixels) and tokens (n, 12) of n scenes, each at its granularity, (n,) indices."""
     tokens = toy_data.tokenize(toy_data.captions(scenes, [GRANULARITIES[g] for g in granularity.tolist()]))
     return toy_data.render(scenes, toy_data.view_boxes(scenes, granularity), s.pixels), tokens.to(s.device)
+
+
+def all_of(view, scenes):
+    """(n,) the view's index, for each of the n scenes."""
+    return torch.full_like(scenes.background, GRANULARITIES.index(view))
 
 
 def draw_roots(s):
@@ -263,6 +270,9 @@ def train(run, folder):
                   "finetune": {view: validation_set("target", "seen", view, s, roots) for view in GRANULARITIES}}
     last, interrupted = s.pretrain_steps + s.finetune_steps, []
     previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))   # finish the step, then save
+    probing = probe_batch(s) if s.probe else None
+    if probing and run.step in (0, s.pretrain_steps) and not read_probe(folder):
+        append_probe(run, probing, folder)
     clock, clock_step = time.time(), run.step
     try:
         while run.step < last:
@@ -278,6 +288,8 @@ def train(run, folder):
                 for view, held in validation[phase].items():
                     row |= {f"val_{name}_{view}": value for name, value in validate(run.ema, held, s).items()}
                 append_row(folder, row)
+                if probing:
+                    append_probe(run, probing, folder)
                 minutes, seconds = divmod(int((last - run.step) * s.batch / speed), 60)
                 print(f"{phase} step {run.step}/{last}  loss {run.loss:.4f}  {speed:.0f} images/s  {minutes}:{seconds:02} left", flush=True)
                 if run.step == s.pretrain_steps:
@@ -301,6 +313,61 @@ def read_log(folder):
         return list(csv.DictReader(stream))
 
 
+# --- The probe: the geometry while it evolves (Eq. 12-17) ----------------------------------------------------------
+
+PROBE_LEVELS = (0.2, 0.5, 0.8)                                     # t
+
+
+def probe_batch(s):
+    """The inputs and target of the first roots' views at three noise levels each, and what each sample shares: (N, 3) root, view, level."""
+    roots = draw_roots(s)
+    labels = torch.cartesian_prod(torch.arange(s.probe), torch.arange(3), torch.arange(len(PROBE_LEVELS))).to(s.device)   # (N, 3)
+    x0, tokens = draw(roots.take(labels[:, 0]), labels[:, 1], s)
+    e = torch.randn(x0.shape, generator=seeded(s, 3), device=s.device)
+    t = torch.tensor(PROBE_LEVELS, device=s.device)[labels[:, 2]]
+    return (fm.path(x0, e, t), t, tokens), fm.target(x0, e), labels
+
+
+def geometry(M, r, labels):
+    """Eq. 13, 17, and for each kind of pair (by what two samples share) the share in conflict and the mean cosine."""
+    trace, cross = ntk.loss_velocity(M)
+    i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
+    same, found = labels[i] == labels[j], {}                       # (pairs, 3)
+    for kind in itertools.product((True, False), repeat=3):
+        of_kind = (same == torch.tensor(kind, device=M.device)).all(1)
+        if of_kind.any():
+            name = " ".join(word for word, shared in zip(("root", "view", "level"), kind) if shared) or "nothing"
+            found[name] = {"conflict": (M[i, j][of_kind] < 0).float().mean().item(), "cosine": ntk.cosines(M)[i, j][of_kind].mean().item()}
+    return {"trace": trace.item(), "cross": cross.item(), "conflict": (M[i, j] < 0).float().mean().item(),
+            "sign_agreement": ntk.sign_agreement(M, r).item(), "pairs": found}
+
+
+def append_probe(run, probing, folder):
+    """One line of probe.jsonl: M, its summary, and the drift of K seen by fixed vectors, the targets: u_i^T K_ij u_j.
+
+    Of the live weights, in float32, with no random number and no gradient of the run's touched.
+    """
+    inputs, u, labels = probing
+    with torch.no_grad():
+        r = torch.cat([run.model(*part) for part in zip(*(z.split(64) for z in inputs))]) - u
+    M, seen = (ntk.fast_interaction_matrix(run.model, inputs, vectors).detach() for vectors in (r, u))
+    before = read_probe(folder)
+    first = torch.tensor(before[0]["kernel"], device=M.device) if before else seen
+    row = {"step": run.step, "drift": ntk.kernel_drift(seen, first).item()} | geometry(M, r, labels)
+    row |= {"M": M.tolist()} | ({} if before else {"kernel": seen.tolist()})
+    with open(os.path.join(folder, "probe.jsonl"), "a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def read_probe(folder):
+    """The rows so far, without a last one that was only begun."""
+    try:
+        with open(os.path.join(folder, "probe.jsonl")) as stream:
+            return [json.loads(line) for line in stream if line.endswith("\n")]
+    except FileNotFoundError:
+        return []
+
+
 # --- The report --------------------------------------------------------------------------------------------------
 
 def test_scenes(domain, split, s, roots, stream):
@@ -314,7 +381,7 @@ def test_scenes(domain, split, s, roots, stream):
 def validation_set(domain, split, view, s, roots):
     """x0, e, t, tokens and the exact velocity u* at fixed noise levels, evenly spread: t = 1/2n, 3/2n, ..., 1 - 1/2n."""
     scenes = test_scenes(domain, split, s, roots, 2)
-    granularity = torch.full_like(scenes.background, GRANULARITIES.index(view))
+    granularity = all_of(view, scenes)
     x0, tokens = draw(scenes, granularity, s)
     e = torch.randn(x0.shape, generator=seeded(s, 3), device=s.device)
     t = (torch.arange(s.eval_images, device=s.device) + 0.5) / s.eval_images
@@ -351,7 +418,7 @@ def wilson(share, n):
 def evaluate(model, domain, split, view, s, roots):
     """One row of the report's table: the validation figures, and what the reader finds in samples and in real images."""
     scenes = test_scenes(domain, split, s, roots, 4)
-    x0, tokens = draw(scenes, torch.full_like(scenes.background, GRANULARITIES.index(view)), s)
+    x0, tokens = draw(scenes, all_of(view, scenes), s)
     found = toy_data.accuracies(sample(model, tokens, s, seeded(s, 5)), scenes, view)
     ceiling = toy_data.accuracies(x0, scenes, view)["joint"].float().mean().item()
     row = {"domain": domain, "split": split, "view": view} | validate(model, validation_set(domain, split, view, s, roots), s)
@@ -380,8 +447,10 @@ def report(run, folder):
              "training_seconds": round(run.seconds, 1), "rows": rows}
     with open(os.path.join(folder, "report.json"), "w") as stream:
         json.dump(about, stream, indent=1)
-    draw_samples(pretrained, run.ema, s, roots, os.path.join(folder, "samples.png"))
+    draw_samples(pretrained, run.ema, s, os.path.join(folder, "samples.png"))
     draw_curves(read_log(folder), s, os.path.join(folder, "curves.png"))
+    if s.probe:
+        draw_probe(read_probe(folder), s, os.path.join(folder, "probe.png"))
 
 
 # --- The pictures ------------------------------------------------------------------------------------------------
@@ -396,7 +465,7 @@ def show(axis, images):
     axis.set_axis_off()
 
 
-def draw_samples(pretrained, finetuned, s, roots, file):
+def draw_samples(pretrained, finetuned, s, file):
     """A grid: each caption with two of its true images and three samples."""
     import matplotlib.pyplot as plt
     columns = [(pretrained, "base", "seen", "pretrained, base domain: seen combinations", ["macro"] * 5),
@@ -439,6 +508,39 @@ def draw_curves(log, s, file):
     below.set_xlabel("optimizer step (line: the fine-tuning on the target domain begins)")
     figure.suptitle(f"{s.model}, seed {s.seed}: the loss stays above its floor; what a better network can remove is |v - u*|²")
     figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_probe(rows, s, file):
+    """How the interaction matrix of the probe batch evolves, and what it is at last."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(16, 11), constrained_layout=True)
+    steps = [row["step"] for row in rows]
+    for axis, name, title in ((axes[0, 0], "conflict", "share of pairs in conflict, by what two samples share"),
+                              (axes[0, 1], "cosine", "mean cosine of two samples' gradients, by what they share")):
+        for kind, colour in zip(rows[0]["pairs"], ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "black")):
+            axis.plot(steps, [row["pairs"][kind][name] for row in rows], "o-", markersize=4, color=colour, label=kind)
+        axis.set(title=title, ylim=(0, None) if name == "conflict" else None)
+        axis.legend(title="the two share their")
+    axes[1, 0].plot(steps, [row["cross"] / row["trace"] for row in rows], "o-", color="#0072b2", label="cross terms / trace (Eq. 13)")
+    axes[1, 0].plot(steps, [row["sign_agreement"] for row in rows], "s-", color="#e69f00", label="sign agreement (Eq. 17)")
+    axes[1, 0].plot(steps, [row["drift"] for row in rows], "^-", color="#009e73", label="drift of the kernel, seen by the targets (Eq. 16)")
+    axes[1, 0].set_yscale("symlog", linthresh=0.1)
+    axes[1, 0].set_title("the whole matrix")
+    axes[1, 0].legend()
+    for axis in axes.flat[:3]:
+        axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)
+        axis.grid(alpha=0.3)
+        axis.set_xlabel("optimizer step (line: the fine-tuning begins)")
+    M = torch.tensor(rows[-1]["M"])
+    shown = axes[1, 1].imshow(ntk.cosines(M).numpy(), vmin=-1, vmax=1, cmap="PuOr")
+    figure.colorbar(shown, ax=axes[1, 1], label="cosine (negative: in conflict)")
+    axes[1, 1].set(title=f"M after step {steps[-1]}, as cosines", xlabel="in each root: macro, meso, micro; in each of these: t = 0.2, 0.5, 0.8",
+                   xticks=range(4, len(M), 9), yticks=range(4, len(M), 9))
+    axes[1, 1].set_xticklabels([f"root {k + 1}" for k in range(s.probe)], rotation=60)
+    axes[1, 1].set_yticklabels([f"root {k + 1}" for k in range(s.probe)])
+    figure.suptitle(f"{s.model}, seed {s.seed}: the interaction matrix of {s.probe} roots of the target domain, at three granularities and noise levels")
+    figure.savefig(file, dpi=90)
     plt.close(figure)
 
 
@@ -496,7 +598,7 @@ def resume(given, folder):
 
 
 def cut_log(folder, step):
-    """Drops the rows after the step: they will be written again. Atomic, like a checkpoint."""
+    """Drops what the log and the probe hold after the step: it will be written again. Atomic, like a checkpoint."""
     file = os.path.join(folder, "log.csv")
     rows = [row for row in read_log(folder) if int(row["step"]) <= step] if os.path.exists(file) else []
     with open(file + ".tmp", "w", newline="") as stream:
@@ -504,10 +606,18 @@ def cut_log(folder, step):
         writer.writeheader()
         writer.writerows(rows)
     os.replace(file + ".tmp", file)
+    file = os.path.join(folder, "probe.jsonl")
+    if os.path.exists(file):
+        rows = [row for row in read_probe(folder) if row["step"] <= step]
+        with open(file + ".tmp", "w") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+        os.replace(file + ".tmp", file)
 
 
 def main_train(arguments):
     given, s, folder, resuming = parse_settings(arguments)
+    if s.probe > s.roots:
+        raise Stop(f"--probe must be at most --roots, {s.roots}, not {s.probe}")
     run = resume(given, folder) if resuming else start(s, folder)
     cut_log(folder, run.step)
     s = run.settings

@@ -262,6 +262,32 @@ def test_conflicts_cosines_and_signs_of_known_gradients():
     assert ntk.sign_agreement(M, torch.tensor([[1.0], [1], [1], [0]]).double()) == pytest.approx(4 / 6)
 
 
+def test_the_benchmarks_competitors_give_the_same_kernel(case):
+    model, f, params, inputs, *_ = case
+    K = ntk.fast_ntk_blocks(model, inputs)
+    flat = lambda weights, *one: f(weights, *one).flatten()
+    assert close(ntk.jacobian_contraction(flat, params, inputs), K)
+    assert close(ntk.pairwise_vector_products(flat, params, inputs), K)
+
+
+@pytest.mark.parametrize("hold", [1, 500, 10**9])
+def test_layers_in_groups_change_nothing(case, hold):
+    model, _, _, inputs, *_ = case
+    assert close(ntk.fast_ntk_blocks(model, inputs, hold=hold), ntk.fast_ntk_blocks(model, inputs))
+
+
+def test_the_benchmark_prints_ratios_and_peaks():
+    rows = ntk.contest(nn.Linear(30, 40), lambda n: (torch.randn(n, 30),), 1, "cpu", (2, 2, 3, 5))
+    assert [row[:2] for row in rows] == [("K, N = 2", "method 1"), ("K, N = 2", "method 2"), ("M, N = 3", "vmap(grad)"), ("M, N = 5", "vmap(grad)")]
+    for _, _, ratio, quick, slow, small, large in rows:
+        assert ratio == pytest.approx(slow / quick) and small >= 0 and large >= 0
+
+
+def test_the_cost_counts_the_memory_that_is_needed():
+    seconds, peak = ntk.cost(lambda: torch.ones(50, 2**20).sum(), "cpu")
+    assert 200 * 2**20 < peak < 300 * 2**20 and seconds > 0
+
+
 def test_demo_draws(tmp_path, capsys):
     ntk.main(tmp_path / "picture.png")
     printed = capsys.readouterr().out

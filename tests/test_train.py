@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ntk
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -269,6 +270,61 @@ def test_the_report_holds_what_it_promises(finished):
     assert [row["phase"] for row in log] == ["pretrain"] * 4 + ["finetune"] * 2
     assert log[0]["val_loss_meso"] == "" != log[-1]["val_loss_meso"]
 
+
+# --- the probe ---
+
+def test_a_probed_run_is_bit_identical_and_goes_on_after_a_stop(tmp_path, finished):
+    folder = tmp_path / "probed"
+    assert train.main(tiny(folder, "--probe", 2)) is None
+    for name in ("checkpoint.pt", "pretrained.pt"):
+        a, b = (torch.load(run / name, weights_only=True) for run in (folder, finished))
+        assert a["settings"].pop("probe") == 2 and b["settings"].pop("probe") == 0
+        a, b = (dict(tensors(content)) for content in (a, b))
+        assert all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a.keys() - {"/seconds"})
+    assert (folder / "probe.png").stat().st_size > 10000
+    probed = train.read_probe(folder)
+    assert [row["step"] for row in probed] == [0, *(int(row["step"]) for row in rows(folder))]
+    # killed while it wrote the last line, after the checkpoint of step 8
+    (folder / "checkpoint.pt").write_bytes((folder / "pretrained.pt").read_bytes())
+    lines = (folder / "probe.jsonl").read_text()
+    (folder / "probe.jsonl").write_text(lines[:-50])
+    assert train.main([*tiny(folder)[2:], "--resume"]) is None
+    assert train.read_probe(folder) == probed
+
+
+@pytest.mark.parametrize("model", ["dit", "unet"])
+def test_the_probe_is_that_of_the_clear_route_at_the_runs_own_weights(tmp_path, model):
+    s = train.parse_settings(tiny(tmp_path, "--model", model, "--probe", 2))[1]
+    run = train.Run(s)
+    for step in range(3):
+        run.train_step(train.draw_roots(s))
+        train.append_probe(run, train.probe_batch(s), tmp_path)
+    inputs, u, labels = train.probe_batch(s)
+    inputs = (inputs[0].double(), inputs[1].double(), inputs[2])
+    run.model.double()
+    f = lambda weights, *one: torch.func.functional_call(run.model, weights, tuple(z[None] for z in one))[0]
+    params = {name: p.detach() for name, p in run.model.named_parameters()}
+    r = torch.func.vmap(lambda *one: f(params, *one))(*inputs) - u
+    M, row = ntk.interaction_matrix(f, params, inputs, r), train.read_probe(tmp_path)[-1]
+    assert torch.allclose(torch.tensor(row["M"], dtype=torch.float64), M, atol=1e-4 * M.abs().max().item())
+    assert abs(row["trace"] + row["cross"] + M.sum().item() / len(M) ** 2) < 1e-4 * M.sum().item() / len(M) ** 2
+    assert train.read_probe(tmp_path)[0]["drift"] == 0 < row["drift"]
+
+
+def test_the_kinds_of_pairs_are_counted_by_what_they_share():
+    g = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [1.0, 0.2], [0.5, -2.0]])   # two roots at two levels
+    labels = torch.tensor([[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]])
+    found = train.geometry(g @ g.T, g, labels)["pairs"]
+    assert {kind: values["conflict"] for kind, values in found.items()} == {"root view": 0.5, "view level": 0.5, "view": 0.5}
+    assert found["view level"]["cosine"] == pytest.approx((torch.cosine_similarity(g[0], g[2], 0) + torch.cosine_similarity(g[1], g[3], 0)).item() / 2)
+
+
+def test_a_probe_of_more_roots_than_there_are_is_refused(tmp_path):
+    refused(tiny(tmp_path / "run", "--probe", 5), "--probe", "--roots", "4")
+    assert not (tmp_path / "run").exists()
+
+
+# --- the method ---
 
 def test_validation_is_zero_error_for_the_exact_velocity():
     s = train.Settings(eval_images=16, pixels=8)

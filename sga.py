@@ -56,13 +56,14 @@ def root_tuples(root, generator, trade=None):
 
     root is (V,), the root of each view. The controls: with labels trade (V,), views of the same label change places at random, anew in
     every epoch: the granularities as labels leave each tuple its granularities but not its root, equal labels leave only its size.
+    Trades have a generator of their own, so that with and without them the tuples' sizes follow each other in the same order.
     """
-    roots, views = torch.unique(root), torch.arange(len(root))
+    roots, views, trader = torch.unique(root), torch.arange(len(root)), torch.Generator().manual_seed(generator.initial_seed() + 1)
     while True:
         place = views.clone()                                      # (V,) which view stands in each view's place
         for label in [] if trade is None else torch.unique(trade):
             equal = views[trade == label]
-            place[equal] = equal[torch.randperm(len(equal), generator=generator)]
+            place[equal] = equal[torch.randperm(len(equal), generator=trader)]
         for g in roots[torch.randperm(len(roots), generator=generator)]:
             yield place[root == g]
 

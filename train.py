@@ -24,6 +24,7 @@ import torch
 
 import flow_matching as fm
 import ntk
+import sga
 import toy_data
 from dit import DiT
 from toy_data import GRANULARITIES
@@ -32,6 +33,32 @@ from unet import UNet
 
 class Stop(Exception):
     """Ends the program with one sentence for its user."""
+
+
+# --- The arms of the study: each differs from the baseline in what it names --------------------------------------
+
+ARMS = {
+    "sga": {"tuples": "root", "scale": True},                      # the method: root tuples, and the scale that suits the network
+    "whole": {"views": "macro"},                                   # whole scenes alone, as many images
+    "baseline": {},                                                # all views, shuffled, each of the same weight
+    "big": {"join": 3},                                            # the baseline in a third of the steps, of thrice the size
+    "stratified": {"tuples": "granularity"},                       # tuples of one view of each granularity, of any roots
+    "tuple": {"tuples": "root"},                                   # root tuples, scaled by 1/K_g
+    "tuple_max": {"tuples": "root", "scaling": "view"},            # root tuples, scaled by 1/K_max
+    "random": {"tuples": "any"},                                   # tuples of any views
+    "offsets": {"offsets": sga.OFFSETS},                           # noise levels by granularity
+    "flipped": {"offsets": tuple(-mu for mu in sga.OFFSETS)},      # with the opposite sign
+    "global": {"offsets": sga.OFFSETS, "mixed": True},             # with the same noise levels in all, whatever the granularity
+    "min_snr": {"weights": True},                                  # weights by noise level and granularity, as in the authors' code
+}
+
+
+def parts(s):
+    """What the arm of the settings changes. Scale is offsets for the DiT and Min-SNR weights for the U-Net, as in the paper."""
+    arm = {"views": "", "tuples": "", "scaling": "root", "offsets": (0.0, 0.0, 0.0), "mixed": False, "weights": False, "join": 1} | ARMS[s.arm]
+    if arm.get("scale"):
+        arm |= {"offsets": sga.OFFSETS} if s.model == "dit" else {"weights": True}
+    return arm
 
 
 # --- Settings ----------------------------------------------------------------------------------------------------
@@ -58,9 +85,12 @@ class Settings:
     depth: int = option(4, "blocks (DiT only)", 1)
     patch: int = option(4, "height and width of a patch (DiT only)", 1)
     # the training
+    arm: str = option("sga", "how to fine-tune: the method (sga), its parts, or a control", choices=tuple(ARMS))
     pretrain_steps: int = option(10000, "optimizer steps on whole scenes of the base domain", 1)
-    finetune_steps: int = option(1000, "optimizer steps on views of the target domain", 0)
-    batch: int = option(16, "images in a step", 1)
+    finetune_steps: int = option(600, "optimizer steps on views of the target domain (the arm big takes a third, with thrice the views)", 0)
+    batch: int = option(16, "images in a step of the pretraining", 1)
+    tuples: int = option(8, "tuples in a step of the fine-tuning, of up to three views each", 1)
+    smallest_object: float = option(0.0, "roots with an object of a smaller radius have no micro view: it would be enlarged too much", 0.0, 1.0)
     lr: float = option(3e-3, "peak learning rate of the pretraining; it falls linearly to 0", 0.0, 1.0)
     finetune_lr: float = option(1e-3, "peak learning rate of the fine-tuning", 0.0, 1.0)
     warmup: int = option(100, "steps in which the learning rate rises", 1)
@@ -89,9 +119,9 @@ class Settings:
 
 PRESETS = {
     ("cpu", "dit"): {},
-    ("cpu", "unet"): {"pretrain_steps": 4500, "finetune_steps": 500, "batch": 32, "lr": 2e-3},
-    ("gpu", "dit"): {"device": "cuda", "precision": "bfloat16", "pixels": 32, "objects": 2, "width": 192, "batch": 256, "lr": 2e-3},
-    ("tiny", "dit"): {"width": 24, "depth": 1, "roots": 4, "pretrain_steps": 8, "finetune_steps": 4, "batch": 4, "warmup": 2,
+    ("cpu", "unet"): {"pretrain_steps": 4500, "batch": 32, "lr": 2e-3},
+    ("gpu", "dit"): {"device": "cuda", "precision": "bfloat16", "pixels": 32, "objects": 2, "width": 192, "batch": 256, "tuples": 64, "lr": 2e-3},
+    ("tiny", "dit"): {"width": 24, "depth": 1, "roots": 4, "pretrain_steps": 8, "finetune_steps": 4, "batch": 4, "tuples": 2, "warmup": 2,
                       "every": 2, "sample_steps": 2, "eval_images": 8},
 }
 PRESETS |= {(size, "unet"): PRESETS[size, "dit"] for size in ("gpu", "tiny")}
@@ -142,24 +172,70 @@ def seeded(s, stream):
     return torch.Generator(s.device).manual_seed(10 * s.seed + stream)
 
 
-def draw_batch(phase, roots, s, generator):
-    """x0, tokens, t, e of one step: new whole scenes to pretrain on, or views drawn from the roots to fine-tune on."""
-    if phase == "pretrain":
+@dataclasses.dataclass
+class Plan:
+    """All that fine-tuning will see: views, each a root at a granularity, and for each step its views and their weights in the loss."""
+
+    roots: toy_data.Scenes
+    root: torch.Tensor                                             # (V,)
+    granularity: torch.Tensor                                      # (V,)
+    steps: list                                                    # of ((n,), (n,))
+
+    def images(self, steps):
+        """How many images the first steps have."""
+        return sum(len(views) for views, _ in self.steps[:steps])
+
+
+def make_plan(s):
+    """The Plan of a run: steps of whole tuples, in which every arm has as many images as any other, since only the views trade places."""
+    arm, roots = parts(s), draw_roots(s)
+    root, granularity = torch.arange(s.roots).repeat_interleave(3), torch.arange(3).repeat(s.roots)
+    kept = (granularity < 2) | (roots.nuisance[:, 2].cpu() >= s.smallest_object)[root]
+    root, granularity = root[kept], granularity[kept]
+    trade = {"root": None, "granularity": granularity}.get(arm["tuples"], torch.zeros_like(root))
+    stream = sga.root_tuples(root, torch.Generator().manual_seed(10 * s.seed + 1), trade)
+    steps = []
+    for _ in range(s.finetune_steps):
+        tuples = list(itertools.islice(stream, s.tuples))
+        views = torch.cat(tuples)
+        if arm["views"] == "macro":
+            views = torch.searchsorted(root, root[views])          # the first view of the same root
+        steps.append((views, sga.tuple_weights([len(k) for k in tuples], arm["scaling"]) if arm["tuples"] else torch.ones(len(views)) / len(views)))
+    joined = [steps[k:k + arm["join"]] for k in range(0, len(steps), arm["join"])]
+    steps = [(torch.cat([v for v, _ in some]), torch.cat([a for _, a in some]) / len(some)) for some in joined]
+    return Plan(roots, *(z.to(s.device) for z in (root, granularity)), [tuple(z.to(s.device) for z in step) for step in steps])
+
+
+def updates(s):
+    """The optimizer steps of the fine-tuning: one for each of the plan's."""
+    return math.ceil(s.finetune_steps / parts(s)["join"])
+
+
+def draw_batch(s, generator, plan=None, step=0):
+    """x0, tokens, t, e and weights a of one step: new whole scenes to pretrain on, or with a plan the views of its step."""
+    arm = parts(s)
+    if plan is None:
         scenes = toy_data.sample_scenes(s.batch, generator, "base", "seen", s.objects)
-        granularity = torch.zeros_like(scenes.background)                          # (batch,) all macro
+        granularity, a = torch.zeros_like(scenes.background), torch.full((s.batch,), 1 / s.batch, device=s.device)   # all macro
+        offsets = (0.0, 0.0, 0.0)
     else:
-        pick = torch.randint(3 * s.roots, (s.batch,), generator=generator, device=s.device)
-        scenes, granularity = roots.take(pick // 3), pick % 3
+        views, a = plan.steps[step]
+        scenes, granularity, offsets = plan.roots.take(plan.root[views]), plan.granularity[views], arm["offsets"]
+    n = len(granularity)
     x0, tokens = draw(scenes, granularity, s)
-    kept = torch.rand(s.batch, 1, generator=generator, device=s.device) >= s.caption_dropout
-    t = fm.shift_time(fm.logit_normal_time(s.batch, generator, s.time_mean, s.time_std), s.time_shift)
-    return x0, tokens * kept, t, torch.randn(x0.shape, generator=generator, device=s.device)
+    kept = torch.rand(n, 1, generator=generator, device=s.device) >= s.caption_dropout
+    whose = granularity[torch.randperm(n, generator=generator, device=s.device)] if arm["mixed"] else granularity
+    t = sga.offset_time(whose, generator, offsets, s.time_mean, s.time_std, s.time_shift)
+    if plan is not None and arm["weights"]:
+        a = a * sga.min_snr_weight(t, granularity)
+    return x0, tokens * kept, t, torch.randn(x0.shape, generator=generator, device=s.device), a
 
 
 def learning_rate(s, phase, step):
     """The rate of the phase's step 1, 2, ...: up over the warm-up, then linearly down to 0 after its last step."""
-    peak, steps = (s.lr, s.pretrain_steps) if phase == "pretrain" else (s.finetune_lr, s.finetune_steps)
-    return peak * min(step / s.warmup, 1 - (step - 1) / steps, 1)
+    if phase == "pretrain":
+        return s.lr * min(step / s.warmup, 1 - (step - 1) / s.pretrain_steps, 1)
+    return s.finetune_lr * min(step * parts(s)["join"] / s.warmup, 1 - (step - 1) / updates(s), 1)
 
 
 class Run:
@@ -184,17 +260,17 @@ class Run:
         self.model.load_state_dict(self.ema.state_dict())
         self.new_optimizer()
 
-    def train_step(self, roots):
+    def train_step(self, plan):
         """One optimizer step; returns the norm of the gradient before clipping. Raises Stop, with the weights as they were, if not finite."""
         s, phase, step = self.settings, self.phase(), self.step + 1
-        x0, tokens, t, e = draw_batch(phase, roots, s, self.generator)
-        loss = fm.loss(velocity(self.model, s), x0, tokens, t, e).mean()
+        within = step if phase == "pretrain" else step - s.pretrain_steps
+        *views, a = draw_batch(s, self.generator, plan if phase == "finetune" else None, within - 1)
         self.optimizer.zero_grad()
-        loss.backward()
+        # all views have one resolution here, so that one backward pass is the deferred step
+        loss = sga.deferred_backward(lambda *views: fm.loss(velocity(self.model, s), *views), [(views, a)])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip).item()
         if not math.isfinite(loss.item()) or not math.isfinite(norm):
             raise Stop(f"the loss of step {step} is {loss.item():g} and the norm of its gradient {norm:g}; a lower --lr may help")
-        within = step if phase == "pretrain" else step - s.pretrain_steps
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(s, phase, within)
         self.optimizer.step()
@@ -265,32 +341,35 @@ COLUMNS = ["step", "phase", "images", "lr", "loss", "grad_norm", "images_per_s",
 
 def train(run, folder):
     """Both phases, or what is left of them; a row of the log, a validation and a checkpoint every few steps."""
-    s, roots = run.settings, draw_roots(run.settings)
+    s, plan = run.settings, make_plan(run.settings)
+    roots = plan.roots
     validation = {"pretrain": {"macro": validation_set("base", "seen", "macro", s, roots)},
                   "finetune": {view: validation_set("target", "seen", view, s, roots) for view in GRANULARITIES}}
-    last, interrupted = s.pretrain_steps + s.finetune_steps, []
+    last, interrupted = s.pretrain_steps + updates(s), []
+    images = lambda step: min(step, s.pretrain_steps) * s.batch + plan.images(max(step - s.pretrain_steps, 0))
     previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))   # finish the step, then save
     probing = probe_batch(s) if s.probe else None
     if probing and run.step in (0, s.pretrain_steps) and not read_probe(folder):
         append_probe(run, probing, folder)
+    print(f"fine-tuning: arm {s.arm}, {updates(s)} optimizer steps, {plan.images(None):,} images in all", flush=True)
     clock, clock_step = time.time(), run.step
     try:
         while run.step < last:
             if run.step == s.pretrain_steps:
                 run.begin_finetuning()
             phase = run.phase()
-            norm = run.train_step(roots)
+            norm = run.train_step(plan)
             if run.step % s.every == 0 or run.step in (s.pretrain_steps, last):
-                speed = (run.step - clock_step) * s.batch / (time.time() - clock)
+                speed = (images(run.step) - images(clock_step)) / (time.time() - clock)
                 run.seconds += time.time() - clock
-                row = {"step": run.step, "phase": phase, "images": run.step * s.batch, "lr": run.optimizer.param_groups[0]["lr"],
+                row = {"step": run.step, "phase": phase, "images": images(run.step), "lr": run.optimizer.param_groups[0]["lr"],
                        "loss": run.loss, "grad_norm": norm, "images_per_s": speed}
                 for view, held in validation[phase].items():
                     row |= {f"val_{name}_{view}": value for name, value in validate(run.ema, held, s).items()}
                 append_row(folder, row)
                 if probing:
                     append_probe(run, probing, folder)
-                minutes, seconds = divmod(int((last - run.step) * s.batch / speed), 60)
+                minutes, seconds = divmod(int((images(last) - images(run.step)) / speed), 60)
                 print(f"{phase} step {run.step}/{last}  loss {run.loss:.4f}  {speed:.0f} images/s  {minutes}:{seconds:02} left", flush=True)
                 if run.step == s.pretrain_steps:
                     run.save(os.path.join(folder, "pretrained.pt"))
@@ -506,7 +585,7 @@ def draw_curves(log, s, file):
         axis.legend(fontsize=9, ncols=2)
         axis.grid(alpha=0.3)
     below.set_xlabel("optimizer step (line: the fine-tuning on the target domain begins)")
-    figure.suptitle(f"{s.model}, seed {s.seed}: the loss stays above its floor; what a better network can remove is |v - u*|²")
+    figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}: the loss stays above its floor; what a better network can remove is |v - u*|²")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -539,7 +618,7 @@ def draw_probe(rows, s, file):
                    xticks=range(4, len(M), 9), yticks=range(4, len(M), 9))
     axes[1, 1].set_xticklabels([f"root {k + 1}" for k in range(s.probe)], rotation=60)
     axes[1, 1].set_yticklabels([f"root {k + 1}" for k in range(s.probe)])
-    figure.suptitle(f"{s.model}, seed {s.seed}: the interaction matrix of {s.probe} roots of the target domain, at three granularities and noise levels")
+    figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}: the interaction matrix of {s.probe} roots of the target domain, at three granularities and noise levels")
     figure.savefig(file, dpi=90)
     plt.close(figure)
 

@@ -297,7 +297,7 @@ def test_the_probe_is_that_of_the_clear_route_at_the_runs_own_weights(tmp_path, 
     s = train.parse_settings(tiny(tmp_path, "--model", model, "--probe", 2))[1]
     run = train.Run(s)
     for step in range(3):
-        run.train_step(train.draw_roots(s))
+        run.train_step(None)
         train.append_probe(run, train.probe_batch(s), tmp_path)
     inputs, u, labels = train.probe_batch(s)
     inputs = (inputs[0].double(), inputs[1].double(), inputs[2])
@@ -346,12 +346,81 @@ def test_seen_captions_of_the_target_are_those_of_the_roots():
 
 
 def test_fine_tuning_sees_only_the_roots_at_three_granularities():
-    s = train.Settings(roots=4, batch=300, pixels=8, caption_dropout=0.0)
+    s = train.Settings(roots=4, tuples=100, pixels=8, caption_dropout=0.0, finetune_steps=1)
     roots, generator = train.draw_roots(s), train.seeded(s, 0)
-    x0, tokens, t, e = train.draw_batch("finetune", roots, s, generator)
+    x0, tokens, t, e, a = train.draw_batch(s, generator, train.make_plan(s))
     told = {" ".join(train.toy_data.WORDS[k] for k in row if k) for row in tokens.tolist()}
     assert told == {text for view in train.GRANULARITIES for text in train.toy_data.captions(roots, view)}
     assert len(x0.flatten(1).unique(dim=0)) <= 12 and len(e.flatten(1).unique(dim=0)) == 300
+
+
+# --- the arms ---
+
+ARMS = dict(roots=10, tuples=4, finetune_steps=30, pixels=8, smallest_object=0.24, caption_dropout=0.0)
+
+
+@pytest.mark.parametrize("arm", [arm for arm in train.ARMS if arm not in ("big", "baseline")])
+@pytest.mark.parametrize("model", ["dit", "unet"])
+def test_every_arm_has_the_images_and_the_steps_of_the_baseline(arm, model):
+    plan, baseline = (train.make_plan(train.Settings(arm=name, model=model, **ARMS)) for name in (arm, "baseline"))
+    sizes = [len(views) for views, _ in plan.steps]
+    assert len(set(sizes)) > 1                                             # tuples of two and of three views
+    assert sizes == [len(views) for views, _ in baseline.steps] and plan.images(None) == sum(sizes)
+    for views, a in plan.steps:
+        assert len(views) == len(a) and a.sum() == pytest.approx(1) or arm == "tuple_max" and a.sum() < 1
+    if arm == "whole":
+        assert all((plan.granularity[views] == 0).all() for views, _ in plan.steps)
+    # a twin whose tuples change size is noticed by the same comparison
+    other = train.make_plan(train.Settings(arm=arm, model=model, seed=1, **ARMS))
+    assert [len(views) for views, _ in other.steps] != sizes
+
+
+def test_the_big_arm_has_the_images_of_the_baseline_in_a_third_of_the_steps():
+    s, base = (train.Settings(arm=arm, **ARMS) for arm in ("big", "baseline"))
+    big, small = train.make_plan(s), train.make_plan(base)
+    assert len(big.steps) == train.updates(s) == 10 and train.updates(base) == 30 and big.images(None) == small.images(None)
+    assert torch.equal(torch.cat([v for v, _ in big.steps]), torch.cat([v for v, _ in small.steps]))
+    assert all(a.sum() == pytest.approx(1) for _, a in big.steps)
+    assert train.learning_rate(s, "finetune", 10) == pytest.approx(s.finetune_lr * 0.1)
+
+
+def met(arm, **more):
+    """Each tuple that an arm puts together, as (roots, granularities)."""
+    plan = train.make_plan(train.Settings(arm=arm, **ARMS | more))
+    size = {g: int((plan.root == g).sum()) for g in plan.root.tolist()}
+    for views, a in plan.steps:
+        start = 0
+        while start < len(views):
+            n = max(1, round(1 / (4 * a[start].item())))                   # its weight is 1 / (4 K_g)
+            yield plan.root[views[start:start + n]].tolist(), plan.granularity[views[start:start + n]].tolist(), size
+            start += n
+
+
+def test_who_meets_in_a_tuple():
+    assert all(len(set(roots)) == 1 and len(roots) == size[roots[0]] for roots, _, size in met("tuple"))
+    assert all(kinds == list(range(len(kinds))) for _, kinds, _ in met("stratified"))
+    assert sum(len(set(roots)) == 1 for roots, _, _ in met("stratified")) < 30
+    assert sum(kinds != list(range(len(kinds))) for _, kinds, _ in met("random")) > 60
+
+
+def test_the_noise_levels_of_the_arms():
+    def mean_logits(arm):
+        s = train.Settings(arm=arm, **ARMS | {"tuples": 4000, "finetune_steps": 1})
+        plan = train.make_plan(s)
+        t, (views, _) = train.draw_batch(s, train.seeded(s, 0), plan)[2], plan.steps[0]
+        return [torch.logit(t)[plan.granularity[views] == g].mean().item() - s.time_mean for g in range(3)], t
+    own, flipped, mixed = mean_logits("offsets"), mean_logits("flipped"), mean_logits("global")
+    assert own[0] == pytest.approx([0.5, 0, -0.5], abs=0.06) and flipped[0] == pytest.approx([-0.5, 0, 0.5], abs=0.06)
+    assert max(mixed[0]) - min(mixed[0]) < 0.12                            # the same levels in all, whatever the granularity
+    assert torch.logit(mixed[1]).std() == pytest.approx(torch.logit(own[1]).std().item(), abs=0.03)
+    assert mean_logits("baseline")[0] == pytest.approx([0, 0, 0], abs=0.06)
+
+
+def test_the_method_is_tuples_and_the_scale_of_its_network():
+    dit, unet = (train.parts(train.Settings(model=model)) for model in ("dit", "unet"))
+    assert dit["tuples"] == unet["tuples"] == "root"
+    assert dit["offsets"] == train.sga.OFFSETS and not dit["weights"]
+    assert unet["offsets"] == (0, 0, 0) and unet["weights"]
 
 
 def test_fine_tuning_begins_with_the_averaged_weights_and_a_new_optimizer():
@@ -366,7 +435,7 @@ def test_fine_tuning_begins_with_the_averaged_weights_and_a_new_optimizer():
 
 def test_captions_are_dropped_sample_by_sample():
     s = train.Settings(batch=4000, pixels=8, caption_dropout=0.25)
-    tokens = train.draw_batch("pretrain", None, s, train.seeded(s, 0))[1]
+    tokens = train.draw_batch(s, train.seeded(s, 0))[1]
     assert abs((tokens == 0).all(1).float().mean() - 0.25) < 0.03
 
 

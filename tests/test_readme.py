@@ -9,6 +9,7 @@ import pytest
 
 import flow_matching
 import ntk
+import sga
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,10 +36,10 @@ def test_every_linked_file_exists(target):
 
 def test_every_equation_names_a_function_and_a_test_that_exist():
     rows = re.findall(r"^\| (\d+) \|.*\| ([^|]*) \| ([^|]*) \|$", README, re.M)
-    assert [int(number) for number, *_ in rows] == list(range(1, 18))
-    tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_flow_matching.py", "test_ntk.py"))
+    assert [int(number) for number, *_ in rows] == list(range(1, 22))
+    tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_flow_matching.py", "test_ntk.py", "test_sga.py"))
     for number, functions, names in rows:
-        module = flow_matching if int(number) <= 9 else ntk
+        module = flow_matching if int(number) <= 9 else ntk if int(number) <= 17 else sga
         for function in re.findall(r"`(\w+)`", functions):
             documented = getattr(module, function).__doc__
             assert documented
@@ -56,7 +57,18 @@ def test_every_column_of_the_log_is_explained():
         assert f"`{column}`" in explained or column.rsplit("_", 1)[0] in explained, column
 
 
-@pytest.mark.parametrize("module", ["toy_data", "flow_matching", "ntk", "dit", "unet"])
+def test_every_arm_and_every_field_of_the_probe_is_explained():
+    import train
+    for word in (*train.ARMS, "step", "M", "trace", "cross", "conflict", "pairs", "sign_agreement", "drift", "kernel"):
+        assert f"`{word}`" in README, word
+
+
+def test_the_benchmarks_table_is_the_committed_one():
+    table = [line for line in (ROOT / "results/ntk_bench_cpu.md").read_text().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 3 * 4 and "\n".join(table) in README
+
+
+@pytest.mark.parametrize("module", ["toy_data", "flow_matching", "ntk", "sga", "dit", "unet"])
 def test_concept_modules_import_nothing_but_torch(module):
     top = re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{module}.py").read_text(), re.M)
     assert set(top) <= {"torch", "torchvision"} | sys.stdlib_module_names

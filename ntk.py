@@ -274,7 +274,7 @@ def pairwise_vector_products(f, params, inputs):
 
 
 def cost(work, device):
-    """(seconds, bytes): the least time of work() in a second or two, and its peak memory above what was there before."""
+    """(seconds, bytes): the least time of work() in a second or two, and its peak memory above what this process has ever had."""
     def repeat():
         times = []
         while sum(times) < 1:

@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)                                          # not this folder, whose tabulate.py would hide a library of that name
 
+import numpy  # noqa: E402
 import torch  # noqa: E402
 import train  # noqa: E402
 
@@ -187,14 +188,17 @@ def draw(rows):
 
     figure, axes = plt.subplots(2, len(models), figsize=(9.5 * len(models), 14), squeeze=False, layout="constrained")
     for (above, below), model in zip(axes.T, models):
-        for arm in train.ARMS:
-            curves = [curve(row) for row in rows if row["model"] == model and row["arm"] == arm]
-            if curves:
-                images, errors = torch.tensor(curves).mean(0).T
-                above.plot(images, errors, "-", color=colour[arm], linewidth=2.5 if arm in ("sga", "baseline") else 1.2, label=f"{arm} ({len(curves)})")
-        above.set(title=f"{model}: error on the roots' captions while fine-tuning, mean over seeds", xlabel="images", ylabel="|v - u*|²/D, mean of the views", yscale="log")
-        above.legend(ncols=2)
         of = {(row["arm"], row["seed"]): row for row in rows if row["model"] == model}
+        for arm in train.ARMS:
+            ratios, images = [], []
+            for seed in [seed for name, seed in of if name == arm and ("baseline", seed) in of]:
+                images, errors = zip(*curve(of[arm, seed]))
+                ratios.append(errors / numpy.interp(images, *zip(*curve(of["baseline", seed]))))
+            if ratios:
+                above.plot(images, sum(ratios) / len(ratios), ".-", color=colour[arm], linewidth=2.5 if arm in ("sga", "baseline") else 1.2, label=f"{arm} ({len(ratios)})")
+        above.set(title=f"{model}: error on the roots' captions over the baseline's after as many images, mean over seeds",
+                  xlabel="images", ylabel="|v - u*|²/D, mean of the views, relative to the baseline", ylim=(0.97, 1.25))
+        above.legend(ncols=2, title="arm (seeds); whole and big lie above, or leave above")
         labels = []
         for first, second in DECISIVE[::-1]:
             gaps = [1e3 * (final(of[first, seed]) - final(of[second, seed])) for arm, seed in of if arm == first and (second, seed) in of]
@@ -215,16 +219,20 @@ def draw(rows):
     figure, axes = plt.subplots(2, len(models), figsize=(9.5 * len(models), 13), squeeze=False, layout="constrained")
     for (above, below), model in zip(axes.T, models):
         some = [row for row in rows if row["model"] == model]
-        x, y = ([function(row) for row in some] for function in (conflict, final))
-        for row, a, b in zip(some, x, y):
-            above.plot(a, b, "o", color=colour[row["arm"]])
+        base = {row["seed"]: row for row in some if row["arm"] == "baseline"}
+        pairs = [(row["arm"], conflict(row) - conflict(base[row["seed"]]), final(row) / final(base[row["seed"]]) - 1)
+                 for row in some if row["seed"] in base and row["arm"] not in ("baseline", "whole")]
         for arm in train.ARMS:
-            above.plot([], [], "o", color=colour[arm], label=arm)
-        correlation = torch.corrcoef(torch.tensor([x, y]))[0, 1] if len(some) > 2 else math.nan
-        above.set(title=f"{model}: does less conflict go with a smaller error? correlation {correlation:.2f} over {len(some)} runs", yscale="log",
-                  xlabel="share of conflicting pairs of the probe batch, mean over the checkpoints", ylabel="final error on seen captions")
+            points = [(x, y) for name, x, y in pairs if name == arm]
+            if points:
+                above.plot(*zip(*points), "o", color=colour[arm], label=arm)
+        correlation = torch.corrcoef(torch.tensor([[x, y] for _, x, y in pairs]).T)[0, 1].item() if len(pairs) > 2 else math.nan
+        above.axhline(0, color="grey")
+        above.axvline(0, color="grey")
+        above.set(title=f"{model}: does less conflict than the baseline go with a smaller error?\ncorrelation {correlation:+.2f} over {len(pairs)} runs (without the arm whole)",
+                  xlabel="share of conflicting pairs, mean over the checkpoints, minus the baseline's", ylabel="final error on seen captions, relative to the baseline's")
         above.legend(ncols=2, fontsize=8)
-        base = [row for row in some if row["arm"] == "baseline"]
+        base = list(base.values())
         for kind, c in zip(some[0]["probe"][0]["pairs"], ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "black")):
             below.plot([point["step"] - base[0]["probe"][0]["step"] for point in base[0]["probe"]],
                        [sum(row["probe"][k]["pairs"][kind]["conflict"] for row in base) / len(base) for k in range(len(base[0]["probe"]))], "o-", color=c, label=kind)

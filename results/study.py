@@ -59,7 +59,7 @@ def measure(model, arm, seed, device):
         row["images"] -= start
     probe = [{name: value for name, value in row.items() if name not in ("M", "kernel")} for row in train.read_probe(folder)]
     return {"model": model, "arm": arm, "seed": seed, "device": report["device"], "torch": report["torch"], "seconds": report["training_seconds"],
-            "settings": report["settings"], "rows": report["rows"], "log": log, "probe": probe,
+            "settings": report["settings"] | {"init": f"runs/study/{model}-base/pretrained.pt"}, "rows": report["rows"], "log": log, "probe": probe,
             "bands": errors_by_band(folder)}
 
 

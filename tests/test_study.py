@@ -1,0 +1,57 @@
+"""What the study makes of its rows: known curves, known differences, and the committed table is that of the committed rows."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("study", RESULTS / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    import sys
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+def row(errors, step=100):
+    """A run whose error is given at every 100 images, the same for each view."""
+    return {"log": [{"images": step * (k + 1)} | {f"val_error_{view}": error for view in ("macro", "meso", "micro")} for k, error in enumerate(errors)]}
+
+
+@pytest.mark.parametrize("score, images", [(0.5, 100), (0.3, 150), (0.2, 200), (0.1, 250), (0.05, 300)])
+def test_images_to_reach_a_score_lie_on_the_line_between_checkpoints(study, score, images):
+    falling = row([0.4, 0.2, 0.0])
+    assert study.images_to_reach(falling, score) == pytest.approx(images if score != 0.05 else 275)
+    assert study.images_to_reach(row([0.4, 0.2, 0.0], 50), score) == pytest.approx(study.images_to_reach(falling, score) / 2)
+
+
+def test_a_score_that_is_never_reached_is_not_a_number_and_a_first_crossing_counts(study):
+    assert math.isnan(study.images_to_reach(row([0.4, 0.3]), 0.2))
+    assert study.images_to_reach(row([0.4, 0.2, 0.5, 0.1]), 0.3) == pytest.approx(150)
+
+
+def test_the_interval_holds_the_mean_and_is_as_wide_as_the_seeds(study):
+    mean, low, high = study.mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and 1.6 < low < 2 and 4 < high < 4.4                  # 3 -+ 1.96 sqrt(2/5)
+    assert study.mean_interval([7.0, 7.0]) == (7, 7, 7)
+
+
+def test_every_run_of_the_study_has_the_budget_of_its_baseline(study):
+    rows = study.read_rows()
+    assert len({(row["model"], row["arm"], row["seed"]) for row in rows}) == len(rows) > 0
+    for row in rows:
+        same = [other for other in rows if (other["arm"], other["seed"], other["model"]) == ("baseline", row["seed"], row["model"])]
+        assert all(other["log"][-1]["images"] == row["log"][-1]["images"] for other in same)
+        assert {**row["settings"], "arm": "", "seed": 0, "every": 0} == {**rows[0]["settings"], "arm": "", "seed": 0, "every": 0} | study.BASE[row["model"]] \
+            | {"model": row["model"], "init": row["settings"]["init"]}
+
+
+def test_the_committed_table_is_that_of_the_committed_rows(study):
+    assert (RESULTS / "study_tables.md").read_text() == "\n".join(study.tables(study.read_rows())) + "\n"

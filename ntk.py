@@ -274,10 +274,10 @@ def pairwise_vector_products(f, params, inputs):
 
 
 def cost(work, device):
-    """(seconds, bytes): the least time of work() in a second or two, and its peak memory above what this process has ever had."""
+    """(seconds, bytes): the least time of work() in half a second or once, and its peak memory above what this process has ever had."""
     def repeat():
         times = []
-        while sum(times) < 1:
+        while sum(times) < 0.5:
             start = time.perf_counter()
             work()
             if device == "cuda":

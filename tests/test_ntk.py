@@ -16,7 +16,7 @@ import unet
 
 NETWORKS = {
     "dit": lambda: (dit.DiT(20, 4, 2, 8, 1, 2), True),
-    "unet": lambda: (unet.UNet(20, 4, (8, 8, 16), 8, 2), True),
+    "unet": lambda: (unet.UNet(20, 8, (8, 8, 8), 8, 1), True),
     "foreign": lambda: (nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 2, bias=False)), False),
     "convolution": lambda: (nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1, dilation=1), nn.GroupNorm(3, 3), nn.SiLU(), nn.Conv2d(3, 1, 2)), False),
 }
@@ -30,7 +30,7 @@ def build(name, n=3):
     for weight in model.parameters():
         if not weight.any():
             nn.init.normal_(weight, std=0.3)
-    x = torch.randn(n, *{"foreign": (3,), "convolution": (2, 5, 5)}.get(name, (3, 4, 4)), dtype=torch.float64)
+    x = torch.randn(n, *{"foreign": (3,), "convolution": (2, 5, 5), "unet": (3, 8, 8)}.get(name, (3, 4, 4)), dtype=torch.float64)
     inputs = (x, torch.rand(n, dtype=torch.float64), torch.randint(20, (n, 4))) if ours else (x,)
     f = lambda params, *one: functional_call(model, params, tuple(z[None] for z in one))[0]
     params = {name: p.detach() for name, p in model.named_parameters()}
@@ -273,7 +273,7 @@ def test_the_benchmarks_competitors_give_the_same_kernel(case):
     assert close(ntk.pairwise_vector_products(flat, params, inputs), K)
 
 
-@pytest.mark.parametrize("hold", [1, 500, 10**9])
+@pytest.mark.parametrize("hold", [1, 500])
 def test_layers_in_groups_change_nothing(case, hold):
     model, _, _, inputs, *_ = case
     assert close(ntk.fast_ntk_blocks(model, inputs, hold=hold), ntk.fast_ntk_blocks(model, inputs))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ RESULTS = Path(__file__).parent.parent / "results"
 def study():
     spec = importlib.util.spec_from_file_location("study", RESULTS / "study.py")
     module = importlib.util.module_from_spec(spec)
-    import sys
     path = list(sys.path)
     spec.loader.exec_module(module)
     sys.path[:] = path
@@ -47,6 +47,7 @@ def test_every_run_of_the_study_has_the_budget_of_its_baseline(study):
     rows = study.read_rows()
     assert len({(row["model"], row["arm"], row["seed"]) for row in rows}) == len(rows) > 0
     for row in rows:
+        assert not Path(row["settings"]["init"]).is_absolute()
         same = [other for other in rows if (other["arm"], other["seed"], other["model"]) == ("baseline", row["seed"], row["model"])]
         assert all(other["log"][-1]["images"] == row["log"][-1]["images"] for other in same)
         assert {**row["settings"], "arm": "", "seed": 0, "every": 0} == {**rows[0]["settings"], "arm": "", "seed": 0, "every": 0} | study.BASE[row["model"]] \

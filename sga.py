@@ -105,6 +105,22 @@ def offset_time(granularity, generator, offsets=OFFSETS, mean=0.0, std=1.0, shif
     return shift * t / (1 + (shift - 1) * t)
 
 
+def measured_offsets(M, granularity, t):
+    """(3,) mu for offset_time from an interaction matrix M (N, N) of samples at a few noise levels, instead of by hand (Eq. 12, 19).
+
+    granularity and t are (N,). Each granularity leans towards the levels at which its mean gradient points where that of the whole batch
+    does: mu is the mean of logit t over the levels, weighted with this cosine. A level whose gradient hurts the batch has no weight.
+    """
+    levels = torch.unique(t)                                       # (L,)
+    kind = 3 * torch.searchsorted(levels, t) + granularity         # (N,)      noise level and granularity
+    member = torch.nn.functional.one_hot(kind, 3 * len(levels)).to(M)      # (N, 3L)
+    mean = member / member.sum(0).clamp(min=1)                     # (N, 3L)   averages over the samples of a kind
+    between = mean.T @ M @ mean                                    # (3L, 3L)  inner products of the kinds' mean gradients
+    agree = (mean.T @ M.mean(1)) / between.diagonal().clamp(min=1e-30).sqrt()      # (3L,)     cosine, up to a common factor
+    weight = agree.clamp(min=0).view(-1, 3)                        # (L, 3)
+    return (torch.logit(levels) @ weight) / weight.sum(0).clamp(min=1e-30)
+
+
 def min_snr_weight(t, granularity, gammas=GAMMAS, form="epsilon"):
     """(n,) min(SNR, gamma)/SNR with SNR = ((1 - t)/t)^2, for t (n,) in (0, 1) (Eq. 20).
 

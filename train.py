@@ -50,12 +50,13 @@ ARMS = {
     "flipped": {"offsets": tuple(-mu for mu in sga.OFFSETS)},      # with the opposite sign
     "global": {"offsets": sga.OFFSETS, "mixed": True},             # with the same noise levels in all, whatever the granularity
     "min_snr": {"weights": True},                                  # weights by noise level and granularity, as in the authors' code
+    "measured": {"measured": True},                                # beyond the paper: offsets from the interaction matrix, at every row of the log
 }
 
 
 def parts(s):
     """What the arm of the settings changes. Scale is offsets for the DiT and Min-SNR weights for the U-Net, as in the paper."""
-    arm = {"views": "", "tuples": "", "scaling": "root", "offsets": (0.0, 0.0, 0.0), "mixed": False, "weights": False, "join": 1} | ARMS[s.arm]
+    arm = {"views": "", "tuples": "", "scaling": "root", "offsets": (0.0, 0.0, 0.0), "mixed": False, "measured": False, "weights": False, "join": 1} | ARMS[s.arm]
     if arm.get("scale"):
         arm |= {"offsets": sga.OFFSETS} if s.model == "dit" else {"weights": True}
     return arm
@@ -211,16 +212,15 @@ def updates(s):
     return math.ceil(s.finetune_steps / parts(s)["join"])
 
 
-def draw_batch(s, generator, plan=None, step=0):
+def draw_batch(s, generator, plan=None, step=0, offsets=(0.0, 0.0, 0.0)):
     """x0, tokens, t, e and weights a of one step: new whole scenes to pretrain on, or with a plan the views of its step."""
     arm = parts(s)
     if plan is None:
         scenes = toy_data.sample_scenes(s.batch, generator, "base", "seen", s.objects)
         granularity, a = torch.zeros_like(scenes.background), torch.full((s.batch,), 1 / s.batch, device=s.device)   # all macro
-        offsets = (0.0, 0.0, 0.0)
     else:
         views, a = plan.steps[step]
-        scenes, granularity, offsets = plan.roots.take(plan.root[views]), plan.granularity[views], arm["offsets"]
+        scenes, granularity = plan.roots.take(plan.root[views]), plan.granularity[views]
     n = len(granularity)
     x0, tokens = draw(scenes, granularity, s)
     kept = torch.rand(n, 1, generator=generator, device=s.device) >= s.caption_dropout
@@ -242,7 +242,7 @@ class Run:
     """What training changes and a checkpoint holds. Steps count through both phases."""
 
     def __init__(self, s):
-        self.settings, self.step, self.seconds, self.loss = s, 0, 0.0, math.nan
+        self.settings, self.step, self.seconds, self.loss, self.offsets = s, 0, 0.0, math.nan, (0.0, 0.0, 0.0)
         self.model = build(s)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.generator = seeded(s, 0)
@@ -256,15 +256,25 @@ class Run:
         return "pretrain" if self.step < self.settings.pretrain_steps else "finetune"
 
     def begin_finetuning(self):
-        """From the averaged weights, with a new optimizer. Doing it twice changes nothing."""
+        """From the averaged weights, with a new optimizer and the arm's offsets. Doing it twice changes nothing."""
         self.model.load_state_dict(self.ema.state_dict())
         self.new_optimizer()
+        self.offsets = parts(self.settings)["offsets"]
+        self.measure_offsets()
+
+    def measure_offsets(self):
+        """In the arm `measured`, and not in the pretraining: the offsets that the interaction matrix of a few roots' views asks for."""
+        s = self.settings
+        if parts(s)["measured"] and self.phase() == "finetune":
+            inputs, u, labels = probe_batch(dataclasses.replace(s, probe=min(6, s.roots)))
+            M = probed_matrices(self.model, inputs, u)[0]
+            self.offsets = tuple(sga.measured_offsets(M, labels[:, 1], inputs[1]).tolist())
 
     def train_step(self, plan):
         """One optimizer step; returns the norm of the gradient before clipping. Raises Stop, with the weights as they were, if not finite."""
         s, phase, step = self.settings, self.phase(), self.step + 1
         within = step if phase == "pretrain" else step - s.pretrain_steps
-        *views, a = draw_batch(s, self.generator, plan if phase == "finetune" else None, within - 1)
+        *views, a = draw_batch(s, self.generator, plan if phase == "finetune" else None, within - 1, self.offsets)
         self.optimizer.zero_grad()
         # all views have one resolution here, so that one backward pass is the deferred step
         loss = sga.deferred_backward(lambda *views: fm.loss(velocity(self.model, s), *views), [(views, a)])
@@ -284,7 +294,7 @@ class Run:
     def save(self, file):
         """Replaces the file in one move: whatever happens, it is the old checkpoint or the new one, whole."""
         content = {"format": FORMAT, "settings": dataclasses.asdict(self.settings), "step": self.step, "seconds": self.seconds,
-                   "loss": self.loss, "model": self.model.state_dict(), "ema": self.ema.state_dict(),
+                   "loss": self.loss, "offsets": self.offsets, "model": self.model.state_dict(), "ema": self.ema.state_dict(),
                    "optimizer": self.optimizer.state_dict(), "rng": self.generator.get_state()}
         with open(file + ".tmp", "wb") as stream:
             torch.save(content, stream)
@@ -293,15 +303,15 @@ class Run:
         os.replace(file + ".tmp", file)
 
     def restore(self, content):
-        self.step, self.seconds, self.loss = content["step"], content["seconds"], content["loss"]
+        self.step, self.seconds, self.loss, self.offsets = (content[name] for name in ("step", "seconds", "loss", "offsets"))
         self.model.load_state_dict(content["model"])
         self.ema.load_state_dict(content["ema"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.generator.set_state(content["rng"])
 
 
-FORMAT = "quadratic geometry of flow matching 1"
-CONTENT = {"format", "settings", "step", "seconds", "loss", "model", "ema", "optimizer", "rng"}
+FORMAT = "quadratic geometry of flow matching 2"
+CONTENT = {"format", "settings", "step", "seconds", "loss", "offsets", "model", "ema", "optimizer", "rng"}
 
 
 def load(file):
@@ -369,6 +379,7 @@ def train(run, folder):
                 append_row(folder, row)
                 if probing:
                     append_probe(run, probing, folder)
+                run.measure_offsets()
                 minutes, seconds = divmod(int((images(last) - images(run.step)) / speed), 60)
                 print(f"{phase} step {run.step}/{last}  loss {run.loss:.4f}  {speed:.0f} images/s  {minutes}:{seconds:02} left", flush=True)
                 if run.step == s.pretrain_steps:
@@ -407,6 +418,13 @@ def probe_batch(s):
     return (fm.path(x0, e, t), t, tokens), fm.target(x0, e), labels
 
 
+def probed_matrices(model, inputs, u):
+    """M of the residuals, the same of the targets u (the kernel seen by fixed vectors), and the residuals r."""
+    with torch.no_grad():
+        r = torch.cat([model(*part) for part in zip(*(z.split(64) for z in inputs))]) - u
+    return *(ntk.fast_interaction_matrix(model, inputs, vectors).detach() for vectors in (r, u)), r
+
+
 def geometry(M, r, labels):
     """Eq. 13, 17, and for each kind of pair (by what two samples share) the share in conflict and the mean cosine."""
     trace, cross = ntk.loss_velocity(M)
@@ -427,12 +445,10 @@ def append_probe(run, probing, folder):
     Of the live weights, in float32, with no random number and no gradient of the run's touched.
     """
     inputs, u, labels = probing
-    with torch.no_grad():
-        r = torch.cat([run.model(*part) for part in zip(*(z.split(64) for z in inputs))]) - u
-    M, seen = (ntk.fast_interaction_matrix(run.model, inputs, vectors).detach() for vectors in (r, u))
+    M, seen, r = probed_matrices(run.model, inputs, u)
     before = read_probe(folder)
     first = torch.tensor(before[0]["kernel"], device=M.device) if before else seen
-    row = {"step": run.step, "drift": ntk.kernel_drift(seen, first).item()} | geometry(M, r, labels)
+    row = {"step": run.step, "offsets": run.offsets, "drift": ntk.kernel_drift(seen, first).item()} | geometry(M, r, labels)
     row |= {"M": M.tolist()} | ({} if before else {"kernel": seen.tolist()})
     with open(os.path.join(folder, "probe.jsonl"), "a") as stream:
         stream.write(json.dumps(row) + "\n")

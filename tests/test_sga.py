@@ -191,6 +191,33 @@ def test_the_velocity_form_is_the_epsilon_form_carried_over():
         sga.min_snr_weight(t, g, form="x0")
 
 
+def levels_of(roots=4):
+    """Granularity and t of samples at every granularity and three levels, in the order of root, granularity, t."""
+    granularity, t = torch.cartesian_prod(torch.arange(3.0).double(), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).repeat(roots, 1).T.contiguous()
+    return granularity.long(), t
+
+
+def test_measured_offsets_are_those_of_the_gradients_themselves():
+    granularity, t = levels_of()
+    G = torch.randn(36, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.1      # (N, P)
+    by_hand = []
+    for g in range(3):
+        cosines = [torch.cosine_similarity(G[(granularity == g) & (t == level)].mean(0), G.mean(0), 0).clamp(min=0) for level in (0.2, 0.5, 0.8)]
+        by_hand.append(sum(c * math.log(level / (1 - level)) for c, level in zip(cosines, (0.2, 0.5, 0.8))) / sum(cosines))
+    measured = sga.measured_offsets(G @ G.T, granularity, t)
+    assert (measured - torch.stack(by_hand)).abs().max() < 1e-12
+    twin = sga.measured_offsets(G @ G.T, 2 - granularity, t)               # the granularities the wrong way round
+    assert (twin - torch.stack(by_hand)).abs().max() > 1e-2
+
+
+def test_measured_offsets_lean_to_where_the_gradients_agree():
+    granularity, t = levels_of()
+    helps = (granularity == 0) & (t == 0.8) | (granularity == 1) | (granularity == 2) & (t == 0.2)
+    G = torch.where(helps, 1.0, -0.1).double()[:, None]                    # one parameter: all of the others hurt a little
+    measured = sga.measured_offsets(G @ G.T, granularity, t)
+    assert torch.allclose(measured, torch.tensor([math.log(4), 0.0, -math.log(4)], dtype=torch.float64), atol=1e-7)
+
+
 def test_weights_scale_the_interactions():
     """Eq. 21: the kernel of the weighted losses' gradients is a_i a_j M_ij."""
     torch.manual_seed(0)

@@ -45,14 +45,28 @@ def test_the_interval_holds_the_mean_and_is_as_wide_as_the_seeds(study):
 
 def test_every_run_of_the_study_has_the_budget_of_its_baseline(study):
     rows = study.read_rows()
-    assert len({(row["model"], row["arm"], row["seed"]) for row in rows}) == len(rows) > 0
+    free = {"arm": "", "seed": 0, "every": 0, "finetune_steps": 0}
+    assert len({(row["base"], row["model"], row["arm"], row["seed"]) for row in rows}) == len(rows) > 0
     for row in rows:
-        assert not Path(row["settings"]["init"]).is_absolute()
-        same = [other for other in rows if (other["arm"], other["seed"], other["model"]) == ("baseline", row["seed"], row["model"])]
-        assert all(other["log"][-1]["images"] == row["log"][-1]["images"] for other in same)
-        assert {**row["settings"], "arm": "", "seed": 0, "every": 0} == {**rows[0]["settings"], "arm": "", "seed": 0, "every": 0} | study.BASE[row["model"]] \
-            | {"model": row["model"], "init": row["settings"]["init"]}
+        assert row["settings"]["init"] == f"runs/study/{row['model']}-base-{row['base']}/pretrained.pt"
+        like = next(other for other in rows if (other["base"], other["model"]) == (row["base"], row["model"]))
+        assert row["settings"] | free == like["settings"] | free
+        baseline = study.select(rows, row["base"], row["model"])[0]["baseline", row["seed"]]
+        short = row["arm"].endswith("-short")
+        assert short or row["log"][-1]["images"] == baseline["log"][-1]["images"]
+        assert row["settings"]["finetune_steps"] == study.FINETUNE["finetune_steps"] * (2 / 3 if short else 1)
 
 
-def test_the_committed_table_is_that_of_the_committed_rows(study):
-    assert (RESULTS / "study_tables.md").read_text() == "\n".join(study.tables(study.read_rows())) + "\n"
+def test_paired_differences_are_of_equal_seeds(study):
+    of = {("a", 1): 5, ("a", 2): 7, ("a", 3): 1, ("b", 2): 4, ("b", 1): 1}
+    assert study.paired(of, "a", "b", lambda row: row) == [4, 3]
+
+
+def test_the_committed_table_and_page_are_those_of_the_committed_rows(study):
+    rows = study.read_rows()
+    assert (RESULTS / "study_tables.md").read_text() == "\n".join(study.tables(rows)) + "\n"
+    page = (RESULTS / "README.md").read_text()
+    assert study.fill(page, rows) == page
+    number = next(part for part in page.split("<!-- = ")[1:])
+    twin = page.replace(number, number.replace(" -->", " -->1"), 1)        # a number that somebody has typed
+    assert study.fill(twin, rows) == page != twin

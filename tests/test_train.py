@@ -407,13 +407,38 @@ def test_the_noise_levels_of_the_arms():
     def mean_logits(arm):
         s = train.Settings(arm=arm, **ARMS | {"tuples": 4000, "finetune_steps": 1})
         plan = train.make_plan(s)
-        t, (views, _) = train.draw_batch(s, train.seeded(s, 0), plan)[2], plan.steps[0]
+        t, (views, _) = train.draw_batch(s, train.seeded(s, 0), plan, 0, train.parts(s)["offsets"])[2], plan.steps[0]
         return [torch.logit(t)[plan.granularity[views] == g].mean().item() - s.time_mean for g in range(3)], t
     own, flipped, mixed = mean_logits("offsets"), mean_logits("flipped"), mean_logits("global")
     assert own[0] == pytest.approx([0.5, 0, -0.5], abs=0.06) and flipped[0] == pytest.approx([-0.5, 0, 0.5], abs=0.06)
     assert max(mixed[0]) - min(mixed[0]) < 0.12                            # the same levels in all, whatever the granularity
     assert torch.logit(mixed[1]).std() == pytest.approx(torch.logit(own[1]).std().item(), abs=0.03)
     assert mean_logits("baseline")[0] == pytest.approx([0, 0, 0], abs=0.06)
+
+
+def test_the_measured_arm_follows_its_matrix_and_survives_a_stop(tmp_path):
+    """Its offsets are new at every row of the log, and a run stopped between two rows goes on with those in force."""
+    flags = ["--arm", "measured", "--finetune_steps", 6, "--probe", 2]
+    assert train.main(tiny(tmp_path / "whole", *flags)) is None
+    offsets = [tuple(row["offsets"]) for row in train.read_probe(tmp_path / "whole")]
+    assert set(offsets[:5]) == {(0, 0, 0)} and len(set(offsets[5:])) == 3  # none in the pretraining
+    s, content = train.load(tmp_path / "whole/checkpoint.pt")
+    run = train.Run(s)
+    run.restore(content)
+    inputs, u, labels = train.probe_batch(train.dataclasses.replace(s, probe=4))
+    M = ntk.fast_interaction_matrix(run.model, inputs, (run.model(*inputs) - u).detach()).detach()
+    assert run.offsets == pytest.approx(train.sga.measured_offsets(M, labels[:, 1], inputs[1]).tolist(), abs=1e-5)
+    step = train.Run.train_step
+    def stopping(run, plan):
+        norm = step(run, plan)
+        if run.step == 11:
+            os.kill(os.getpid(), signal.SIGINT)
+        return norm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "train_step", stopping)
+        assert "step 11" in train.main(tiny(tmp_path / "stopped", *flags))
+    assert train.main(tiny(tmp_path / "stopped", *flags, "--resume")) is None
+    assert same(tmp_path / "whole/checkpoint.pt", tmp_path / "stopped/checkpoint.pt")
 
 
 def test_the_method_is_tuples_and_the_scale_of_its_network():

@@ -166,7 +166,7 @@ def main(file="flow_matching.png"):
 
     start = torch.randn(60, 2, generator=generator)
     line = [start]
-    for two_times in torch.linspace(1, 0, 201).unfold(0, 2, 1):            # (200, 2)
+    for two_times in torch.linspace(1, 0, 201).unfold(0, 2, 1):            # (2,)  this t and the next, 200 times
         line.append(euler(lambda x, t: exact_velocity(x, t, points), line[-1], two_times))
     ways = torch.stack(line)                                               # (201, 60, 2)
     c.plot(*ways.permute(2, 0, 1).numpy(), color="#0072b2", linewidth=0.7)

@@ -38,7 +38,7 @@ def ntk_blocks(f, params, inputs, chunk=16):
     v = vmap(lambda *one: f(params, *one).flatten())(*_checked(inputs))    # (N, D)
     unit = torch.eye(v.numel(), dtype=v.dtype, device=v.device).view(-1, *v.shape)                     # (ND, N, D)
     columns = vmap(lambda vector: ntk_vector_product(f, params, inputs, vector), chunk_size=chunk)(unit)
-    return columns.view(*v.shape, *v.shape).permute(2, 0, 3, 1)    # (j, e, i, d) to (i, j, d, e)
+    return columns.view(*v.shape, *v.shape).permute(2, 0, 3, 1)    # (N, N, D, D)  from (j, e, i, d) to (i, j, d, e)
 
 
 def per_sample_gradients(f, params, inputs, vectors):
@@ -185,7 +185,7 @@ def _share(layer, a, b):
 
 def _gram(G):
     """(C, N, C, N) inner products of the gradients G (C, N, anything)."""
-    rows = G.flatten(2).flatten(0, 1)                              # (CN, P of this layer)
+    rows = G.flatten(2).flatten(0, 1)                              # (CN, P)  P of this layer
     return (rows @ rows.T).view(*G.shape[:2], *G.shape[:2])
 
 
@@ -194,7 +194,7 @@ def _linear_share(a, b):
     (N, T, I), (C, _, _, O) = a.shape, b.shape
     if C * N * T * I * O + (C * N) ** 2 * I * O < (N * T) ** 2 * I + C * (N * T) ** 2 * O + (C * N) ** 2 * T * O:
         return _gram(torch.einsum("nti,cnto->cnio", a, b))
-    share, b = b.new_empty(N, C, N, C), b.transpose(0, 1).contiguous()     # (N, C, T, O)
+    share, b = b.new_empty(N, C, N, C), b.transpose(0, 1).contiguous()     # (N, C, N, C), (N, C, T, O)
     for i in range(N):                                             # K is symmetric: from sample i on is enough
         A = a[i] @ a[i:].mT                                        # (N - i, T, T)      <a_it, a_js>
         met = A[:, None] @ b[i:]                                   # (N - i, C, T, O)   sum_s <a_it, a_js> b_js
@@ -260,7 +260,7 @@ def sign_agreement(M, residuals):
 
 def jacobian_contraction(f, params, inputs):
     """(N, N, D, D) K as method 1 of torch.func's tutorial on the NTK has it: both Jacobians whole, then contracted."""
-    J = lambda: vmap(lambda *one: jacrev(f)(params, *one))(*inputs)        # dict of (N, D, *parameter)
+    J = lambda: vmap(lambda *one: jacrev(f)(params, *one))(*inputs)        # (N, D, *parameter) each, in a dict
     return sum(torch.einsum("idp,jep->ijde", a.flatten(2), b.flatten(2)) for a, b in zip(J().values(), J().values()))
 
 
@@ -347,10 +347,10 @@ def bench(rounds=3):
 
 def main(file="ntk.png"):
     try:
+        import matplotlib.pyplot as plt
         import dit, flow_matching as fm, toy_data as td
     except ImportError:
-        return print("The demo needs dit.py, flow_matching.py, toy_data.py and matplotlib beside this file; its functions do not.")
-    import matplotlib.pyplot as plt
+        return print("The demo needs matplotlib, and dit.py, flow_matching.py, toy_data.py beside this file; its functions do not.")
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = dit.DiT(len(td.WORDS), pixels=8, patch=2, width=32, depth=2)
@@ -372,7 +372,7 @@ def main(file="ntk.png"):
     model.double()
 
     roots, levels = td.sample_scenes(4, generator, "target"), (0.2, 0.5, 0.8)
-    x0, tokens, e = (z.repeat_interleave(3, 0) for z in draw(roots, [0, 1, 2], torch.float64))     # (36, ...)  a new domain
+    x0, tokens, e = (z.repeat_interleave(3, 0) for z in draw(roots, [0, 1, 2], torch.float64))     # (36, ...) each, of a new domain
     t = torch.tensor(levels, dtype=torch.float64).repeat(12)       # (36,)
     inputs, u = (fm.path(x0, e, t), t, tokens), fm.target(x0, e)
     residuals = lambda: model(*inputs) - u

@@ -23,7 +23,7 @@ def sinusoid(position, width):
 
 def attend(q, k, v, heads):
     """(N, Q, C) softmax(q k^T / sqrt(C / heads)) v, for q (N, Q, C) and k, v (N, K, C), in each head."""
-    q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))    # (N, heads, Q or K, C/heads)
+    q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))    # (N, heads, Q or K, C/heads) each
     scores = q @ k.mT / math.sqrt(q.shape[-1])                     # (N, heads, Q, K)
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)     # (N, Q, C)
 

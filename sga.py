@@ -5,6 +5,7 @@ that SGA can change is which views meet in one step (tuples), at which noise lev
 t = 0 is data, t = 1 is noise; a granularity is an index into GRANULARITIES. Run `python sga.py` for a picture.
 """
 
+import contextlib
 import itertools
 import sys
 
@@ -79,16 +80,18 @@ def tuple_weights(sizes, scaling="root", k_max=3):
     return torch.tensor(each, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
 
 
-def deferred_backward(losses, sub_batches):
+def deferred_backward(losses, sub_batches, quiet=contextlib.nullcontext):
     """Adds the gradient of sum_i a_i l_i over all sub-batches, one backward pass each, and takes no step; returns the sum (Eq. 18).
 
-    losses(*views) is (n,), sub_batches holds pairs (views, a) with a (n,): one for each resolution, or as many as memory asks for.
-    Clip and step after it, once.
+    losses(*views) is (n,), sub_batches is a list of pairs (views, a) with a (n,): one for each resolution, or as many as memory asks for.
+    Clip and step after it, once. quiet() is entered for all but the last: on several GPUs no_sync of DistributedDataParallel, so that
+    gradients are exchanged once.
     """
     total = 0.0
-    for views, a in sub_batches:
-        loss = (a * losses(*views)).sum()
-        loss.backward()
+    for k, (views, a) in enumerate(sub_batches, 1):
+        with contextlib.nullcontext() if k == len(sub_batches) else quiet():
+            loss = (a * losses(*views)).sum()
+            loss.backward()
         total += loss.detach()
     return total
 
@@ -100,7 +103,7 @@ def offset_time(granularity, generator, offsets=OFFSETS, mean=0.0, std=1.0, shif
 
     granularity is (n,). Macro (+0.5) sees more noise, micro (-0.5) less. The median is that of sigmoid(mean + offset), shifted.
     """
-    mu = mean + torch.tensor(offsets, device=granularity.device)[granularity]
+    mu = mean + sum(offset * (granularity == g) for g, offset in enumerate(offsets))       # (n,), no table to copy to a GPU
     t = torch.sigmoid(mu + std * torch.randn(len(mu), generator=generator, device=mu.device))
     return shift * t / (1 + (shift - 1) * t)
 
@@ -125,21 +128,22 @@ def min_snr_weight(t, granularity, gammas=GAMMAS, form="epsilon"):
     """(n,) min(SNR, gamma)/SNR with SNR = ((1 - t)/t)^2, for t (n,) in (0, 1) (Eq. 20).
 
     It is 1 for t > 1/(1 + sqrt(gamma)) and falls towards the data. This is the form for a loss on e, which the authors' code uses on a
-    velocity loss; form "velocity" is min(SNR, gamma)/(SNR + 1), the same weight on e carried over to v.
+    velocity loss; form "velocity" is min(SNR, gamma)/(SNR + 1), the same weight carried over to a loss on v (on this path up to the
+    factor (1 - t)^2 + t^2).
     """
     if form not in ("epsilon", "velocity"):
         raise ValueError(f'the form must be "epsilon" or "velocity", not {form!r}')
     snr = ((1 - t) / t) ** 2
-    gamma = torch.tensor(gammas, dtype=t.dtype, device=t.device)[granularity]
+    gamma = sum(value * (granularity == g) for g, value in enumerate(gammas))      # (n,)
     return torch.minimum(snr, gamma) / (snr if form == "epsilon" else snr + 1)
 
 
 def main(file="sga.png"):
     try:
+        import matplotlib.pyplot as plt
         import ntk, toy_data as td, dit, flow_matching as fm
     except ImportError:
-        return print("The demo needs toy_data.py, flow_matching.py, dit.py, ntk.py and matplotlib beside this file; its functions do not.")
-    import matplotlib.pyplot as plt
+        return print("The demo needs matplotlib, and toy_data.py, flow_matching.py, dit.py, ntk.py beside this file; its functions do not.")
     generator = torch.Generator().manual_seed(0)
     figure, axes = plt.subplots(2, 3, figsize=(19, 11), layout="constrained")
     colours = ("#0072b2", "#e69f00", "#009e73")

@@ -27,7 +27,7 @@ BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (-1.0, -1.0, -1.0),        # `
 ROWS, COLUMNS = {"top": 0.3, "middle": 0.5, "bottom": 0.7}, {"left": 0.3, "centre": 0.5, "right": 0.7}
 RELATIONS = {"left of": (0.25, 0.5), "right of": (0.75, 0.5), "above": (0.5, 0.25), "below": (0.5, 0.75)}
 PLACES = {f"{row} {column}": (x, y) for row, y in ROWS.items() for column, x in COLUMNS.items()} | RELATIONS
-LAYOUTS = {1: [(place,) for place in range(9)], 2: [(9, 10), (11, 12)]}      # which places are taken together
+LAYOUTS = {1: tuple((place,) for place in range(9)), 2: ((9, 10), (11, 12))} # which places are taken together
 DOMAINS = {"base": (3, 3, (0, 1)), "target": (4, 4, (2, 3))}  # how many SHAPES and TEXTURES, which BACKGROUNDS
 NUISANCES = torch.tensor(list(itertools.product((-0.03, 0.0, 0.03), (-0.03, 0.0, 0.03), (0.22, 0.26))))  # (18, 3)
 HALF_SIDE = torch.tensor([0.5, 0.34, 0.07])                   # of what a macro, meso and micro view shows
@@ -49,8 +49,15 @@ class Scenes(NamedTuple):
         return Scenes(*(field[index] for field in self))
 
 
+@lru_cache
+def constant(table, device):
+    """A table of numbers as a tensor on the device, copied there once: a copy in every step would make a GPU wait for its host."""
+    return torch.as_tensor(table, device=device)
+
+
 # --- scenes ------------------------------------------------------------------------------------------------------
 
+@lru_cache
 def combinations(domain, split):
     """(m, 3) the (shape, colour, texture) of a domain that are "seen" or "held_out": of each pair, all are seen."""
     if domain not in DOMAINS or split not in ("seen", "held_out"):
@@ -64,10 +71,10 @@ def sample_scenes(n, generator, domain="base", split="seen", objects=1):
     """n random Scenes on the generator's device; every object is of the split's combinations."""
     if objects not in LAYOUTS:
         raise ValueError(f"a scene has 1 or 2 objects, not {objects}")
-    pick = lambda table, *size: torch.as_tensor(table, device=generator.device)[
+    pick = lambda table, *size: constant(table, generator.device)[
         torch.randint(len(table), size, generator=generator, device=generator.device)]
     attributes = pick(combinations(domain, split), n, objects)                     # (n, k, 3)
-    places = pick(LAYOUTS[objects] + [layout[::-1] for layout in LAYOUTS[objects]], n)  # (n, k)
+    places = pick(LAYOUTS[objects] + tuple(layout[::-1] for layout in LAYOUTS[objects]), n)    # (n, k)
     return Scenes(torch.cat([attributes, places[..., None]], 2), pick(DOMAINS[domain][2], n), pick(NUISANCES, n))
 
 
@@ -75,7 +82,7 @@ def population(scenes):
     """All 18 n scenes with the captions of the n scenes: each scene's population in turn, all equally likely."""
     n = len(scenes.background)
     each = scenes.take(torch.arange(n, device=scenes.background.device).repeat_interleave(len(NUISANCES)))
-    return each._replace(nuisance=NUISANCES.to(each.nuisance.device).repeat(n, 1))
+    return each._replace(nuisance=constant(NUISANCES, each.nuisance.device).repeat(n, 1))
 
 
 # --- captions ----------------------------------------------------------------------------------------------------
@@ -110,6 +117,21 @@ def tokenize(texts):
     return torch.tensor([row + [0] * (CAPTION_LENGTH - len(row)) for row in ids]).view(-1, CAPTION_LENGTH)
 
 
+def caption_tokens(scenes, granularity):
+    """(n, 12) long, on the scenes' device: tokenize(captions(...)) by tables, without a text; granularity is (n,) indices."""
+    device = scenes.background.device
+    word = lambda names: constant(tuple(WORDS.index(name) for name in names), device)
+    place_words = tuple(tuple(WORDS.index(name) for name in (place.split() + ["<pad>"])[:2]) for place in PLACES)
+    shape, colour, texture, place = scenes.objects.unbind(2)                       # (n, k) each
+    named = torch.stack([word(COLOURS)[colour], word(TEXTURES)[texture], word(SHAPES)[shape]], 2)   # (n, k, 3)
+    named[:, 0, 2] *= granularity < 2                                              # micro names no shape
+    macro = (granularity == 0)[:, None]                                            # (n, 1)     only macro names places and other objects
+    ids = torch.cat([word(GRANULARITIES)[granularity, None], named[:, 0], macro * constant(place_words, device)[place[:, 0]],
+                     macro * named[:, 1:].flatten(1), word(("on",)).expand(len(macro), 1), word(BACKGROUNDS)[scenes.background, None]], 1)
+    ids = torch.nn.functional.pad(ids, (0, CAPTION_LENGTH - ids.shape[1]))         # (n, 12)
+    return ids.gather(1, (ids == 0).byte().argsort(dim=1, stable=True))            # (n, 12)    gaps go to the end
+
+
 # --- renderer ----------------------------------------------------------------------------------------------------
 
 def view_boxes(scenes, granularity):
@@ -118,9 +140,9 @@ def view_boxes(scenes, granularity):
     if isinstance(granularity, str):
         granularity = torch.full_like(scenes.background, GRANULARITIES.index(granularity))
     close = granularity > 0                                                        # (n,) meso or micro
-    place = torch.tensor(list(PLACES.values()), device=device)[scenes.objects[:, 0, 3]]     # (n, 2)
+    place = palette(PLACES, device)[scenes.objects[:, 0, 3]]                       # (n, 2)
     centre = torch.where(close[:, None], place, 0.5)                               # (n, 2)
-    half = HALF_SIDE.to(device)[granularity] * torch.where(close & pair, PAIR_SCALE, 1.0)   # (n,)
+    half = constant(HALF_SIDE, device)[granularity] * torch.where(close & pair, PAIR_SCALE, 1.0)   # (n,)
     return torch.cat([centre - half[:, None], centre + half[:, None]], 1)
 
 
@@ -131,33 +153,33 @@ def coverage(scenes, boxes, pixels):
     steps = (torch.arange(pixels, device=device) + 0.5) / pixels                   # (p,)
     grid = boxes[:, :2, None] + (boxes[:, 2:] - boxes[:, :2])[..., None] * steps   # (n, 2, p)
     dx, dy, radius = (scale * scenes.nuisance[:, None, None, :]).unbind(3)         # (n, 1, 1) each
-    centre = torch.tensor(list(PLACES.values()), device=device)[place[..., 0, 0]]  # (n, k, 2)
+    centre = palette(PLACES, device)[place[..., 0, 0]]                             # (n, k, 2)
     x = ((grid[:, None, 0] - centre[..., :1] - dx) / radius)[:, :, None, :]        # (n, k, 1, p)  in radii
     y = ((grid[:, None, 1] - centre[..., 1:] - dy) / radius)[:, :, :, None]        # (n, k, p, 1)
     pixel = ((boxes[:, 2] - boxes[:, 0])[:, None, None] / pixels / radius)[..., None]  # (n, 1, 1, 1)
     soft = lambda inside: (0.5 + inside / pixel).clamp(0, 1)                       # from a signed distance, > 0 inside
 
     bar = lambda a, b: torch.minimum(0.5 - a.abs(), 1 - b.abs())
-    inside = torch.stack(torch.broadcast_tensors(
+    inside = torch.stack(torch.broadcast_tensors(                                  # (4, n, k, p, p)
         1 - (x * x + y * y).sqrt(),                                                # circle
         0.95 - torch.maximum(x.abs(), y.abs()),                                    # square
         0.64 - torch.maximum(y, 0.75**0.5 * x.abs() - 0.5 * y),                    # triangle, apex up
-        torch.maximum(bar(x, y), bar(y, x))))                                      # cross: (4, n, k, p, p) in all
+        torch.maximum(bar(x, y), bar(y, x))))                                      # cross
     wave = lambda z: PERIOD * (0.25 - (z / PERIOD - (z / PERIOD).floor() - 0.5).abs())
     to_dot = lambda z: PERIOD * ((z / PERIOD).round() - z / PERIOD)
     across, down = soft(wave(x)), soft(wave(y))
-    ink = torch.stack(torch.broadcast_tensors(
+    ink = torch.stack(torch.broadcast_tensors(                                     # (4, n, k, p, p)
         torch.ones_like(inside[0]),                                                # plain
         down,                                                                      # striped
         across * down + (1 - across) * (1 - down),                                 # checked
-        1 - soft(0.27 * PERIOD - (to_dot(x) ** 2 + to_dot(y) ** 2).sqrt())))       # dotted: (4, n, k, p, p) in all
+        1 - soft(0.27 * PERIOD - (to_dot(x) ** 2 + to_dot(y) ** 2).sqrt())))       # dotted
     choose = lambda table, index: table.gather(0, index.expand_as(table[0])[None])[0]
     return soft(choose(inside, shape)) * (GAP + (1 - GAP) * choose(ink, texture))
 
 
 def palette(table, device):
-    """(number of colours, 3) the RGB values of COLOURS or BACKGROUNDS."""
-    return torch.tensor(list(table.values()), device=device)
+    """The values of COLOURS or BACKGROUNDS (RGB) or of PLACES (x, y), a row for each name."""
+    return constant(tuple(table.values()), device)
 
 
 def render(scenes, boxes, pixels):
@@ -188,10 +210,10 @@ def read(images, granularity="macro", objects=1):
     d = palette(COLOURS, device)[:, None] - palette(BACKGROUNDS, device)           # (C, B, 3)
     y = images.flatten(2)[:, None] - palette(BACKGROUNDS, device)[..., None]       # (n, B, 3, pp)
     gain = (d * d).sum(2)[:, :, None] * (m * m).sum(1) - 2 * torch.einsum("cbr,nbrt->ncbt", d, y @ m.T)  # (n, C, B, T)
-    gain, colour = gain.min(1)                                                     # (n, B, T)
-    gain, best = gain.unflatten(2, (len(places), -1)).min(3)                       # (n, B, places)
+    gain, colour = gain.min(1)                                                     # (n, B, T) each
+    gain, best = gain.unflatten(2, (len(places), -1)).min(3)                       # (n, B, places) each
     fit = torch.stack([gain[..., [places.index(place) for place in layout]].sum(2) for layout in layouts], 2)
-    energy = ((y * y).sum((2, 3))[..., None] + fit).flatten(1)                     # (n, B layouts)
+    energy = ((y * y).sum((2, 3))[..., None] + fit).flatten(1)                     # (n, B*layouts)
     energy, winner = energy.min(1)
     background, layout = winner // len(layouts), winner % len(layouts)
     slots = torch.tensor([[places.index(place) for place in layout] for layout in layouts], device=device)[layout]  # (n, k)

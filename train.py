@@ -3,12 +3,14 @@
     python train.py                                        # everything, at a size that suits this machine
     python train.py --model unet --seed 1                  # any setting is a flag, see --help
     python train.py --resume                               # go on after a stop, as if there had been none
+    torchrun --nproc_per_node=2 train.py                   # on two GPUs: the same batches, each GPU takes a share of the views
     python train.py sample --checkpoint runs/dit-0/checkpoint.pt "macro red striped circle top left on white"
 
 Everything that a run makes lies in its folder: log.csv, checkpoint.pt, pretrained.pt, report.json, and two pictures.
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -21,6 +23,7 @@ import sys
 import time
 
 import torch
+import torch.distributed as dist
 
 import flow_matching as fm
 import ntk
@@ -76,6 +79,7 @@ class Settings:
     seed: int = option(0, "of the first weights, the data and the noise", 0, 2**31)
     device: str = option("cpu", "where to compute", choices=("cpu", "cuda"))
     precision: str = option("float32", "of the network; path, target and loss are always float32", choices=("float32", "bfloat16"))
+    compile: int = option(0, "1: torch.compile the network for training; costs a minute at first", choices=(0, 1))
     init: str = option("", "a checkpoint to fine-tune, instead of pretraining")
     # the data
     pixels: int = option(24, "height and width of an image", 8, 256)
@@ -96,6 +100,7 @@ class Settings:
     finetune_lr: float = option(1e-3, "peak learning rate of the fine-tuning", 0.0, 1.0)
     warmup: int = option(100, "steps in which the learning rate rises", 1)
     weight_decay: float = option(0.0, "of AdamW", 0.0, 1.0)
+    chunk: int = option(0, "most views in one backward pass; 0: all of a step. The step stays the same, its memory falls", 0)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12)
     ema: float = option(0.999, "decay of the averaged weights, which are the ones that are evaluated", 0.0, 0.99999)
     caption_dropout: float = option(0.1, "share of captions replaced by the null caption, for guidance", 0.0, 1.0)
@@ -121,7 +126,7 @@ class Settings:
 PRESETS = {
     ("cpu", "dit"): {},
     ("cpu", "unet"): {"pretrain_steps": 4500, "batch": 32, "lr": 2e-3},
-    ("gpu", "dit"): {"device": "cuda", "precision": "bfloat16", "pixels": 32, "objects": 2, "width": 192, "batch": 256, "tuples": 64, "lr": 2e-3},
+    ("gpu", "dit"): {"device": "cuda", "precision": "bfloat16", "compile": 1, "pixels": 32, "objects": 2, "width": 192, "batch": 256, "tuples": 64, "lr": 2e-3},
     ("tiny", "dit"): {"width": 24, "depth": 1, "roots": 4, "pretrain_steps": 8, "finetune_steps": 4, "batch": 4, "tuples": 2, "warmup": 2,
                       "every": 2, "sample_steps": 2, "eval_images": 8},
 }
@@ -154,8 +159,7 @@ def velocity(model, s):
 
 def draw(scenes, granularity, s):
     """Images (n, 3, pixels, pixels) and tokens (n, 12) of n scenes, each at its granularity, (n,) indices."""
-    tokens = toy_data.tokenize(toy_data.captions(scenes, [GRANULARITIES[g] for g in granularity.tolist()]))
-    return toy_data.render(scenes, toy_data.view_boxes(scenes, granularity), s.pixels), tokens.to(s.device)
+    return toy_data.render(scenes, toy_data.view_boxes(scenes, granularity), s.pixels), toy_data.caption_tokens(scenes, granularity)
 
 
 def all_of(view, scenes):
@@ -238,19 +242,43 @@ def learning_rate(s, phase, step):
     return s.finetune_lr * min(step * parts(s)["join"] / s.warmup, 1 - (step - 1) / updates(s), 1)
 
 
+def processes():
+    """(this process's number, how many there are): (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def tensor_cores():
+    """Float32 products in TF32 within, where a GPU has it: faster, with 10 bits. What is measured keeps all 23."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 class Run:
     """What training changes and a checkpoint holds. Steps count through both phases."""
 
     def __init__(self, s):
-        self.settings, self.step, self.seconds, self.loss, self.offsets = s, 0, 0.0, math.nan, (0.0, 0.0, 0.0)
+        self.settings, self.step, self.seconds, self.offsets = s, 0, 0.0, (0.0, 0.0, 0.0)
         self.model = build(s)
+        self.loss = torch.full((), math.nan, dtype=torch.float64, device=s.device)  # of training, a running mean
+        self.broken = torch.zeros((), dtype=torch.long, device=s.device)   # the first step whose gradient was not finite, if any
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.generator = seeded(s, 0)
+        self.network, self.compute = self.model, velocity(self.model, s)
         self.new_optimizer()
+
+    def prepare(self):
+        """Makes training parallel and fast, once the state is what it should be. The weights stay those of self.model."""
+        if processes()[1] > 1:
+            self.network = torch.nn.parallel.DistributedDataParallel(self.model)
+        self.compute = velocity(torch.compile(self.network) if self.settings.compile else self.network, self.settings)
 
     def new_optimizer(self):
         s = self.settings
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), s.lr, (0.9, 0.99), weight_decay=s.weight_decay, fused=s.device == "cuda")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), s.lr, (0.9, 0.99), weight_decay=s.weight_decay, fused=True)
 
     def phase(self):
         return "pretrain" if self.step < self.settings.pretrain_steps else "finetune"
@@ -271,30 +299,42 @@ class Run:
             self.offsets = tuple(sga.measured_offsets(M, labels[:, 1], inputs[1]).tolist())
 
     def train_step(self, plan):
-        """One optimizer step; returns the norm of the gradient before clipping. Raises Stop, with the weights as they were, if not finite."""
+        """One optimizer step; returns the norm of the gradient before clipping. Nothing in it makes a GPU wait for its host.
+
+        Of several processes each draws the whole batch, with the same random numbers, and takes its share: together they make the step of one.
+        """
         s, phase, step = self.settings, self.phase(), self.step + 1
         within = step if phase == "pretrain" else step - s.pretrain_steps
-        *views, a = draw_batch(s, self.generator, plan if phase == "finetune" else None, within - 1, self.offsets)
+        first, count = processes()
+        *views, a = (z[first::count] for z in draw_batch(s, self.generator, plan if phase == "finetune" else None, within - 1, self.offsets))
+        parts = [(part[:-1], count * part[-1]) for part in zip(*(z.split(s.chunk or len(z)) for z in (*views, a)))]    # count: they are averaged
         self.optimizer.zero_grad()
-        # all views have one resolution here, so that one backward pass is the deferred step
-        loss = sga.deferred_backward(lambda *views: fm.loss(velocity(self.model, s), *views), [(views, a)])
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip).item()
-        if not math.isfinite(loss.item()) or not math.isfinite(norm):
-            raise Stop(f"the loss of step {step} is {loss.item():g} and the norm of its gradient {norm:g}; a lower --lr may help")
+        with tensor_cores():
+            loss = sga.deferred_backward(lambda *views: fm.loss(self.compute, *views), parts, getattr(self.network, "no_sync", contextlib.nullcontext))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        self.broken = torch.where((self.broken == 0) & ~norm.isfinite(), step, self.broken)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(s, phase, within)
         self.optimizer.step()
         decay = min(s.ema, within / (within + 10))                 # a phase's first weights do not stay in the mean
-        for mean, weight in zip(self.ema.parameters(), self.model.parameters()):
-            mean.lerp_(weight.detach(), 1 - decay)
-        self.loss = loss.item() if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss.item()
+        torch._foreach_lerp_(list(self.ema.parameters()), [weight.detach() for weight in self.model.parameters()], 1 - decay)
+        self.loss = torch.where(self.loss.isnan(), loss, 0.98 * self.loss + 0.02 * loss)
         self.step = step
         return norm
+
+    def check(self):
+        """The running mean of the loss as a number, over all processes. Raises Stop if a step since the last check was not finite."""
+        if self.broken:
+            raise Stop(f"the loss of step {self.broken} or its gradient is not finite; a lower --lr may help")
+        if processes()[1] > 1:
+            dist.all_reduce(self.loss)
+            self.loss /= processes()[1]
+        return self.loss.item()
 
     def save(self, file):
         """Replaces the file in one move: whatever happens, it is the old checkpoint or the new one, whole."""
         content = {"format": FORMAT, "settings": dataclasses.asdict(self.settings), "step": self.step, "seconds": self.seconds,
-                   "loss": self.loss, "offsets": self.offsets, "model": self.model.state_dict(), "ema": self.ema.state_dict(),
+                   "loss": self.loss.item(), "offsets": self.offsets, "model": self.model.state_dict(), "ema": self.ema.state_dict(),
                    "optimizer": self.optimizer.state_dict(), "rng": self.generator.get_state()}
         with open(file + ".tmp", "wb") as stream:
             torch.save(content, stream)
@@ -303,7 +343,8 @@ class Run:
         os.replace(file + ".tmp", file)
 
     def restore(self, content):
-        self.step, self.seconds, self.loss, self.offsets = (content[name] for name in ("step", "seconds", "loss", "offsets"))
+        self.step, self.seconds, self.offsets = (content[name] for name in ("step", "seconds", "offsets"))
+        self.loss.fill_(content["loss"])
         self.model.load_state_dict(content["model"])
         self.ema.load_state_dict(content["ema"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -353,44 +394,54 @@ def train(run, folder):
     """Both phases, or what is left of them; a row of the log, a validation and a checkpoint every few steps."""
     s, plan = run.settings, make_plan(run.settings)
     roots = plan.roots
+    run.prepare()
     validation = {"pretrain": {"macro": validation_set("base", "seen", "macro", s, roots)},
                   "finetune": {view: validation_set("target", "seen", view, s, roots) for view in GRANULARITIES}}
     last, interrupted = s.pretrain_steps + updates(s), []
     images = lambda step: min(step, s.pretrain_steps) * s.batch + plan.images(max(step - s.pretrain_steps, 0))
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))   # finish the step, then save
-    probing = probe_batch(s) if s.probe else None
+    due = lambda step: step % s.every == 0 or step in (s.pretrain_steps, last)
+    first, count = processes()
+    if count == 1:
+        previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))   # finish the step, then save
+    probing = probe_batch(s) if s.probe and first == 0 else None
     if probing and run.step in (0, s.pretrain_steps) and not read_probe(folder):
         append_probe(run, probing, folder)
-    print(f"fine-tuning: arm {s.arm}, {updates(s)} optimizer steps, {plan.images(None):,} images in all", flush=True)
+    if first == 0:
+        print(f"fine-tuning: arm {s.arm}, {updates(s)} optimizer steps, {plan.images(None):,} images in all", flush=True)
     clock, clock_step = time.time(), run.step
     try:
         while run.step < last:
             if run.step == s.pretrain_steps:
                 run.begin_finetuning()
+            elif due(run.step):
+                run.measure_offsets()
             phase = run.phase()
             norm = run.train_step(plan)
-            if run.step % s.every == 0 or run.step in (s.pretrain_steps, last):
+            if due(run.step):
+                loss = run.check()
                 speed = (images(run.step) - images(clock_step)) / (time.time() - clock)
                 run.seconds += time.time() - clock
-                row = {"step": run.step, "phase": phase, "images": images(run.step), "lr": run.optimizer.param_groups[0]["lr"],
-                       "loss": run.loss, "grad_norm": norm, "images_per_s": speed}
-                for view, held in validation[phase].items():
-                    row |= {f"val_{name}_{view}": value for name, value in validate(run.ema, held, s).items()}
-                append_row(folder, row)
-                if probing:
-                    append_probe(run, probing, folder)
-                run.measure_offsets()
-                minutes, seconds = divmod(int((images(last) - images(run.step)) / speed), 60)
-                print(f"{phase} step {run.step}/{last}  loss {run.loss:.4f}  {speed:.0f} images/s  {minutes}:{seconds:02} left", flush=True)
-                if run.step == s.pretrain_steps:
-                    run.save(os.path.join(folder, "pretrained.pt"))
-                run.save(os.path.join(folder, "checkpoint.pt"))
+                if first == 0:
+                    row = {"step": run.step, "phase": phase, "images": images(run.step), "lr": run.optimizer.param_groups[0]["lr"],
+                           "loss": loss, "grad_norm": norm.item(), "images_per_s": speed}
+                    for view, held in validation[phase].items():
+                        row |= {f"val_{name}_{view}": value for name, value in validate(run.ema, held, s).items()}
+                    append_row(folder, row)
+                    if probing:
+                        append_probe(run, probing, folder)
+                    minutes, seconds = divmod(int((images(last) - images(run.step)) / speed), 60)
+                    print(f"{phase} step {run.step}/{last}  loss {loss:.4f}  {speed:.0f} images/s  {minutes}:{seconds:02} left", flush=True)
+                    if run.step == s.pretrain_steps:
+                        run.save(os.path.join(folder, "pretrained.pt"))
+                    run.save(os.path.join(folder, "checkpoint.pt"))
                 clock, clock_step = time.time(), run.step
             if interrupted:
+                run.check()
                 run.save(os.path.join(folder, "checkpoint.pt"))
                 raise Stop(f"interrupted: step {run.step} is saved, go on with --resume")
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if count == 1:
+            signal.signal(signal.SIGINT, previous)
 
 
 def append_row(folder, row):
@@ -420,9 +471,10 @@ def probe_batch(s):
 
 def probed_matrices(model, inputs, u):
     """M of the residuals, the same of the targets u (the kernel seen by fixed vectors), and the residuals r."""
-    with torch.no_grad():
-        r = torch.cat([model(*part) for part in zip(*(z.split(64) for z in inputs))]) - u
-    return *(ntk.fast_interaction_matrix(model, inputs, vectors).detach() for vectors in (r, u)), r
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):       # exact: no rounded products
+        with torch.no_grad():
+            r = torch.cat([model(*part) for part in zip(*(z.split(64) for z in inputs))]) - u
+        return *(ntk.fast_interaction_matrix(model, inputs, vectors).detach() for vectors in (r, u)), r
 
 
 def geometry(M, r, labels):
@@ -713,8 +765,18 @@ def main_train(arguments):
     given, s, folder, resuming = parse_settings(arguments)
     if s.probe > s.roots:
         raise Stop(f"--probe must be at most --roots, {s.roots}, not {s.probe}")
+    if "RANK" in os.environ and not dist.is_initialized():         # one of the processes of torchrun
+        if s.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if s.device == "cuda" else "gloo")
+    if processes()[0] > 0:                                         # only the first writes: the others read what it has begun
+        dist.barrier()
+        run = resume(given, folder)
+        return train(run, folder)
     run = resume(given, folder) if resuming else start(s, folder)
     cut_log(folder, run.step)
+    if processes()[1] > 1:
+        dist.barrier()
     s = run.settings
     size = sum(p.numel() for p in run.model.parameters())
     print(f"{s.model} with {size:,} parameters on {s.device}, {s.pixels} px, from step {run.step}: {folder}", flush=True)
@@ -762,6 +824,9 @@ def main(arguments):
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             return "train.py: out of memory; lower --batch, --eval_images or --width"
         raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_weights_begin_to_act_where_snr_is_gamma():
 
 
 def test_the_velocity_form_is_the_epsilon_form_carried_over():
-    """e - e_hat = (1 - t)(u - v)... for x_t = (1 - t) x0 + t e: a weight w on the error of e is w (1 - t)^2 on that of u."""
+    """e_hat - e = (1 - t)(v - u) for x_t = (1 - t) x0 + t e: a weight w on the error of e is w (1 - t)^2 on that of u."""
     t, g = torch.linspace(0.01, 0.99, 99, dtype=torch.float64), torch.arange(99) % 3
     x0, e, v = torch.randn(3, 99, dtype=torch.float64)
     x_t, u = (1 - t) * x0 + t * e, e - x0

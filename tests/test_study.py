@@ -68,5 +68,5 @@ def test_the_committed_table_and_page_are_those_of_the_committed_rows(study):
     page = (RESULTS / "README.md").read_text()
     assert study.fill(page, rows) == page
     number = next(part for part in page.split("<!-- = ")[1:])
-    twin = page.replace(number, number.replace(" -->", " -->1"), 1)        # a number that somebody has typed
+    twin = page.replace(number, number.replace(" -->", " -->1", 1), 1)        # a number that somebody has typed
     assert study.fill(twin, rows) == page != twin

@@ -67,6 +67,17 @@ def test_tokens_keep_every_word_of_every_caption(objects):
     assert back == texts
 
 
+@pytest.mark.parametrize("objects", [1, 2])
+def test_tokens_from_tables_are_those_of_the_texts(objects):
+    for domain in toy.DOMAINS:
+        scenes = draw(300, domain, objects=objects)
+        granularity = torch.arange(300) % 3
+        texts = toy.captions(scenes, [toy.GRANULARITIES[g] for g in granularity])
+        assert torch.equal(toy.caption_tokens(scenes, granularity), toy.tokenize(texts))
+        twin = toy.caption_tokens(scenes, (granularity + 1) % 3)
+        assert (twin != toy.tokenize(texts)).any(1).all()
+
+
 def test_bad_captions_name_the_word():
     with pytest.raises(ValueError, match="unknown word 'purple'.*red"):
         toy.tokenize(["macro red plain circle top left on white", "macro purple circle"])

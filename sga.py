@@ -73,6 +73,7 @@ def tuple_weights(sizes, scaling="root", k_max=3):
     """(n,) float64: the weight of each view in the loss of a step, for G tuples of the given sizes, n views in all (Eq. 18).
 
     "root": 1 / (G K_g), every root weighs the same (the paper); "view": 1 / (G K_max), every view does (the authors' code).
+    In the geometry a weight a_i turns M_ij into a_i a_j M_ij (Eq. 21).
     """
     if scaling not in ("root", "view") or max(sizes) > k_max:
         raise ValueError(f'the scaling must be "root" or "view" and a tuple at most {k_max} views, not {scaling!r} and {max(sizes)}')

@@ -192,6 +192,16 @@ def render(scenes, boxes, pixels):
 
 # --- reader: the renderer's inverse ------------------------------------------------------------------------------
 
+@lru_cache
+def bank(granularity, pixels, objects, device):
+    """All that the reader compares with, made once: the places, and T objects (T, 4), place by place, with their coverages (T, pixels^2)."""
+    places = sorted(set(sum(LAYOUTS[objects], ()))) if granularity == "macro" else [0 if objects == 1 else 9]
+    table = torch.cartesian_prod(torch.tensor(places), torch.arange(len(SHAPES)), torch.arange(len(TEXTURES))).to(device)
+    kinds = torch.stack([table[:, 1], 0 * table[:, 1], table[:, 2], table[:, 0]], 1)
+    each = population(Scenes(kinds[:, None].repeat(1, objects, 1), 0 * kinds[:, 0], kinds[:, :3].float()))
+    return places, each.objects[:, 0], coverage(each, view_boxes(each, granularity), pixels)[:, 0].flatten(1)
+
+
 def read(images, granularity="macro", objects=1):
     """The scenes that fit the images best, and how well: (objects (n, k, 4) by place, background (n,), residual (n,)).
 
@@ -201,12 +211,8 @@ def read(images, granularity="macro", objects=1):
     (the place in meso and micro, the shape in micro, the background behind a plain micro) comes back as whatever fits.
     """
     n, device, pixels = len(images), images.device, images.shape[-1]
-    places = sorted(set(sum(LAYOUTS[objects], ()))) if granularity == "macro" else [0 if objects == 1 else 9]
+    places, known, m = bank(granularity, pixels, objects, device)
     layouts = LAYOUTS[objects] if granularity == "macro" else [(places[0],)]
-    table = torch.cartesian_prod(*(torch.arange(size) for size in (len(places), len(SHAPES), len(TEXTURES)))).to(device)
-    kinds = torch.stack([table[:, 1], 0 * table[:, 1], table[:, 2], torch.tensor(places, device=device)[table[:, 0]]], 1)
-    bank = population(Scenes(kinds[:, None].repeat(1, objects, 1), 0 * kinds[:, 0], kinds[:, :3].float()))
-    m = coverage(bank, view_boxes(bank, granularity), pixels)[:, 0].flatten(1)     # (T, pp)   one object each
     d = palette(COLOURS, device)[:, None] - palette(BACKGROUNDS, device)           # (C, B, 3)
     y = images.flatten(2)[:, None] - palette(BACKGROUNDS, device)[..., None]       # (n, B, 3, pp)
     gain = (d * d).sum(2)[:, :, None] * (m * m).sum(1) - 2 * torch.einsum("cbr,nbrt->ncbt", d, y @ m.T)  # (n, C, B, T)
@@ -218,7 +224,7 @@ def read(images, granularity="macro", objects=1):
     background, layout = winner // len(layouts), winner % len(layouts)
     slots = torch.tensor([[places.index(place) for place in layout] for layout in layouts], device=device)[layout]  # (n, k)
     index = best[torch.arange(n)[:, None], background[:, None], slots] + slots * (len(m) // len(places))  # (n, k) into T
-    found = bank.objects[index, 0]                                                 # (n, k, 4)
+    found = known[index]                                                           # (n, k, 4)
     found[..., 1] = colour[torch.arange(n)[:, None], background[:, None], index]
     return found, background, (energy.clamp(min=0) / images[0].numel()).sqrt()
 
@@ -268,13 +274,13 @@ def main(file="toy_data.png"):
             axis.set(xticks=[], yticks=[])
     left.suptitle("Scenes at three granularities, 24 px (top three: base domain, below: target)")
 
-    many = sample_scenes(1500, generator, "target", "seen")
+    many = sample_scenes(600, generator, "target", "seen")
     clean = render(many, view_boxes(many, "macro"), 24)
     axes = right.subplots(2, 3)
     for row, noise in zip(axes, (0.0, 1.0)):
         images = clean + noise * torch.randn(clean.shape, generator=generator)
         right_share = accuracies(images, many)["joint"].float().mean()
-        print(f"noise {noise}: the reader finds place, background, shape, colour and texture together in {right_share:.1%} of 1500 scenes")
+        print(f"noise {noise}: the reader finds place, background, shape, colour and texture together in {right_share:.1%} of 600 scenes")
         found = read(images)[0][:, 0]
         for axis, kind, names in zip(row, range(3), (SHAPES, list(COLOURS), TEXTURES)):
             counts = torch.zeros(4, 4).index_put_((many.objects[:, 0, kind], found[:, kind]), torch.tensor(1.0), accumulate=True)

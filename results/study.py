@@ -1,7 +1,7 @@
 """The study: every arm, both networks, several seeds, at a size for a CPU. One command, which goes on where it was stopped:
 
     python results/study.py                     # all of it; --arms, --models and --seeds take fewer, --jobs sets how many at once
-    python results/study.py --base 1 --arms baseline sga sga-short measured flipped      # again, from networks pretrained anew
+    python results/study.py --base 1 --arms baseline sga sga-short measured lean flipped      # again, from networks pretrained anew
     python results/study.py --draw              # tables, figures and the page's numbers from the rows alone
 
 Each network is pretrained once for each --base (runs/study/MODEL-base-BASE); each run fine-tunes it on roots, an order and noise of its own
@@ -26,13 +26,13 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 import train  # noqa: E402
 
-ROWS = ROOT / "results/study.jsonl"
+ROWS, PAGES = ROOT / "results/study.jsonl", (ROOT / "README.md", ROOT / "results/README.md")
 SIZE = {"pixels": 16, "width": 72, "eval_images": 128, "sample_steps": 8}
 BASE = {"dit": {"pretrain_steps": 6000, "batch": 32, "lr": 2e-3}, "unet": {"pretrain_steps": 4000, "batch": 32, "lr": 2e-3}}
 FINETUNE = {"finetune_steps": 450, "every": 75, "time_mean": 0.0, "smallest_object": 0.24, "roots": 48, "probe": 6}
 SHORT = {"finetune_steps": 300}                                  # N1 of the paper's claim, where N2 = 1.5 N1 are the baseline's 450
 ARMS = [*train.ARMS, "sga-short"]
-FIRST = [arm for arm in ARMS if arm not in ("measured", "sga-short")]     # what base 0 was run with
+FIRST = [arm for arm in ARMS if arm not in ("measured", "lean", "sga-short")]     # what base 0 was run with
 
 
 def command(folder, **settings):
@@ -94,7 +94,7 @@ KINDS = ("root view", "root level", "root", "view level", "view", "level", "noth
 DECISIVE = (("whole", "baseline"), ("big", "baseline"), ("random", "baseline"), ("stratified", "baseline"), ("tuple", "baseline"),
             ("tuple", "stratified"), ("tuple", "big"), ("tuple", "random"), ("tuple_max", "tuple"), ("offsets", "baseline"), ("flipped", "baseline"),
             ("offsets", "flipped"), ("offsets", "global"), ("min_snr", "baseline"), ("sga", "baseline"), ("sga", "tuple"), ("sga-short", "baseline"),
-            ("measured", "baseline"), ("measured", "flipped"))
+            ("measured", "baseline"), ("measured", "lean"), ("measured", "flipped"))
 
 
 def curve(row):
@@ -213,17 +213,18 @@ def tables(rows):
     return lines
 
 
-# --- The page: its numbers are written by the rows, too ------------------------------------------------------------
+# --- The pages: their numbers are written by the rows, too ---------------------------------------------------------
 
 def fill(text, rows):
     """The text with each number between <!-- = expression --> and <!-- --> computed anew from the rows."""
     on = lambda model, base: select(rows, base, model)[0]
     figures = {"error": lambda row: final(row), "held": lambda row: final(row, "held_out"), "joint": lambda row: final(row, name="joint"),
-               "joint_held": lambda row: final(row, "held_out", "joint")} | {view: lambda row, view=view: final(row, view=view) for view in VIEWS}
+               "joint_held": lambda row: final(row, "held_out", "joint")} | {view: lambda row, view=view: final(row, view=view) for view in VIEWS} \
+        | {f"{view} {third}": lambda row, view=view, k=k: row["bands"][f"seen {view}"][k] for view in VIEWS for k, third in enumerate(("data", "middle", "noise"))}
     names = {
         "gap": lambda model, first, second, figure="error", base=0: interval(paired(on(model, base), first, second, figures[figure]), "+.1%" if "joint" in figure else "+.4f"),
         "relative": lambda model, first, second, base=0: interval([a / final(on(model, base)[second, seed]) for a, seed in
-                    zip(paired(on(model, base), first, second, final), sorted(seed for arm, seed in on(model, base) if arm == first))], "+.1%"),
+                    zip(paired(on(model, base), first, second, final), sorted(seed for arm, seed in on(model, base) if arm == first and (second, seed) in on(model, base)))], "+.1%"),
         "mean": lambda model, arm, figure="error", base=0: (lambda x: f"{x:.1%}" if "joint" in figure else f"{x:.4f}")(
                     mean_interval([figures[figure](row) for (name, _), row in on(model, base).items() if name == arm])[0]),
         "reached": lambda model, arm, base=0: (lambda x: f"{sum(not math.isnan(y) for y in x)} of {len(x)}")(list(image_shares(on(model, base), arm).values())),
@@ -233,7 +234,9 @@ def fill(text, rows):
         "probe": lambda model, arm, point, figure, base=0: (lambda x: f"{x:.2f}" if figure == "cross" else f"{x:.0%}" if figure != "drift" else f"{x:.0f}")(
                     mean_interval([row["probe"][point]["cross"] / row["probe"][point]["trace"] if figure == "cross" else row["probe"][point][figure]
                                    for (name, _), row in on(model, base).items() if name == arm])[0]),
-        "correlation": lambda model, base=0: f"{correlation(on(model, base)):+.2f}", "runs": lambda: str(len(rows)),
+        "correlation": lambda model, base=0: f"{correlation(on(model, base)):+.2f}", "seeds": lambda model, arm, base=0: str(sum(name == arm for name, _ in on(model, base))), "runs": lambda base=None: str(sum(base in (None, row["base"]) for row in rows)),
+        "minutes": lambda base: f"{sum(row['seconds'] for row in rows if row['base'] == base) / 60:.0f}", "torch_of": lambda base: ", ".join({row["torch"] for row in rows if row["base"] == base}),
+        "parameters": lambda model: f"{sum(p.numel() for p in train.build(train.Settings(**next(row['settings'] for row in rows if row['model'] == model))).parameters()):,}",
         "offsets": lambda model, point, base=1: ", ".join(f"{mean_interval([row['probe'][point]['offsets'][g] for (name, _), row in on(model, base).items() if name == 'measured'])[0]:+.2f}" for g in range(3)),
     }
     return re.sub(r"<!-- = (.+?) -->(.*?)<!-- -->", lambda match: f"<!-- = {match[1]} -->{eval(match[1], names)}<!-- -->", text)
@@ -244,7 +247,7 @@ def fill(text, rows):
 COLOURS = dict(zip(("macro", "meso", "micro"), ("#0072b2", "#e69f00", "#009e73")))        # of the granularities, everywhere
 STYLES = {"sga": ("black", "o"), "baseline": ("#0072b2", "o"), "tuple": ("#e69f00", "o"), "tuple_max": ("#e69f00", "^"), "stratified": ("#009e73", "o"),
           "random": ("#009e73", "^"), "offsets": ("#cc79a7", "o"), "flipped": ("#cc79a7", "v"), "global": ("#cc79a7", "s"), "min_snr": ("#56b4e9", "o"),
-          "big": ("#d55e00", "o"), "whole": ("#d55e00", "^"), "measured": ("grey", "D"), "sga-short": ("black", "v")}      # told apart by colour-blind readers
+          "big": ("#d55e00", "o"), "whole": ("#d55e00", "^"), "measured": ("grey", "D"), "lean": ("grey", "s"), "sga-short": ("black", "v")}      # told apart by colour-blind readers
 
 
 def draw(rows, base=0):
@@ -354,8 +357,8 @@ def main():
                 print(f"{count}/{len(wanted)}", *jobs[job], f"{job.result()['seconds']:.0f} s of training", flush=True)
     rows = read_rows()
     (ROOT / "results/study_tables.md").write_text("\n".join(tables(rows)) + "\n")
-    page = ROOT / "results/README.md"
-    page.write_text(fill(page.read_text(), rows))
+    for page in PAGES:
+        page.write_text(fill(page.read_text(), rows))
     for base in sorted({row["base"] for row in rows}):
         draw(rows, base)
 

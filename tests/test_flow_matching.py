@@ -19,12 +19,14 @@ def times(n, low=0.05, high=0.95, seed=9):
 
 
 def test_noise_is_at_one_and_data_at_zero():
+    """Eq. 1: both ends of the path."""
     x0, e = rand(3, 2, 4, 4), rand(3, 2, 4, 4, seed=1)
     assert torch.equal(fm.path(x0, e, torch.zeros(3)), x0)
     assert torch.equal(fm.path(x0, e, torch.ones(3)), e)
 
 
 def test_target_is_the_derivative_of_the_path():
+    """Eq. 2: the target by automatic differentiation of the path."""
     x0, e, t = rand(3, 4), rand(3, 4, seed=1), times(3)
     _, slope = torch.func.jvp(lambda t: fm.path(x0, e, t), (t,), (torch.ones_like(t),))
     assert torch.allclose(slope, fm.target(x0, e), atol=1e-15)
@@ -32,6 +34,7 @@ def test_target_is_the_derivative_of_the_path():
 
 
 def test_loss_is_zero_for_the_target_and_known_for_a_constant_error():
+    """Eq. 3 in two cases that need no formula."""
     x0, e, t = rand(5, 3, 4, 4), rand(5, 3, 4, 4, seed=1), times(5)
     assert fm.loss(lambda *_: e - x0, x0, None, t, e).abs().max() == 0
     one_wrong = torch.zeros_like(x0)
@@ -64,6 +67,7 @@ def score_velocity(x, t, points, pi):
 
 
 def test_exact_velocity_is_that_of_the_score():
+    """Eq. 4 by way of the score: the gradient of log p, by automatic differentiation."""
     points, pi = rand(6, 3, seed=2), torch.tensor([1, 2, 3, 4, 5, 6], dtype=torch.float64) / 21
     x, t = rand(50, 3, seed=3), times(50)
     exact = fm.exact_velocity(x, t, points, pi)
@@ -108,6 +112,7 @@ def excess(points, believed, n=200_000):
 
 
 def test_the_loss_is_the_error_plus_the_floor():
+    """Eq. 5 by sampling."""
     points = rand(5, 2, seed=7)
     assert excess(points, points) < 4
     assert excess(points, points[:4]) > 10                                 # twin: a point of the population forgotten
@@ -126,6 +131,7 @@ def sampler_slope(sampler):
 
 
 def test_euler_is_of_first_and_heun_of_second_order():
+    """Eq. 6: slopes of the error."""
     assert abs(sampler_slope(fm.euler) + 1) < 0.1
     assert abs(sampler_slope(fm.heun) + 2) < 0.1
 
@@ -144,6 +150,7 @@ def test_samples_of_the_exact_velocity_are_the_population():
 
 
 def test_guidance_is_off_at_one_and_linear():
+    """Eq. 6: the guided velocity."""
     model = lambda x, t, tokens: x + tokens.sum(1, keepdim=True)           # the null caption (all zeros) adds nothing
     x, t, tokens = rand(3, 2), times(3), torch.tensor([[1, 2], [3, 0], [0, 0]])
     at = lambda s: fm.guided(model, tokens, s)(x, t)
@@ -189,6 +196,7 @@ def test_groups_make_up_the_velocity(toy, groups):
 
 
 def test_the_last_term_of_equation_9_has_no_network_in_it(toy):
+    """Eq. 9: the gradient of both sides."""
     x_t, t, v, points, pi = toy
     omega, u_g = fm.group_velocities(x_t, t, points, PARTITIONS["random"], pi)
     u_star = fm.exact_velocity(x_t, t, points, pi)
@@ -225,8 +233,3 @@ def test_shift_keeps_the_ends_and_is_undone_by_its_inverse():
     assert torch.allclose(torch.logit(shifted[1:-1]) - torch.logit(t[1:-1]), torch.tensor(3.0, dtype=torch.float64).log())
     with pytest.raises(ValueError, match="positive"):
         fm.shift_time(t, 0)
-
-
-def test_demo_draws(tmp_path):
-    fm.main(tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -59,6 +59,7 @@ def close(a, b, tolerance=1e-12):
 
 
 def test_all_routes_to_the_kernel_agree(case):
+    """Eq. 11."""
     model, f, params, inputs, r, J = case
     K = torch.einsum("idp,jep->ijde", J, J)
     assert close(ntk.ntk_blocks(f, params, inputs), K) and close(ntk.fast_ntk_blocks(model, inputs), K)
@@ -69,6 +70,7 @@ def test_all_routes_to_the_kernel_agree(case):
 
 
 def test_all_routes_to_the_interaction_matrix_agree(case):
+    """Eq. 10, 12."""
     model, f, params, inputs, r, J = case
     G = torch.einsum("idp,id->ip", J, r.flatten(1))
     K = ntk.ntk_blocks(f, params, inputs)
@@ -254,6 +256,7 @@ def test_the_frozen_kernel_is_exact_for_a_linear_model_and_only_for_it():
 
 
 def test_conflicts_cosines_and_signs_of_known_gradients():
+    """Eq. 17, where the answer can be seen."""
     G = torch.tensor([[1.0, 0], [2, 0], [-3, 0], [0, 1]], dtype=torch.float64)
     M = G @ G.T
     assert close(ntk.cosines(M), torch.tensor([[1.0, 1, -1, 0], [1, 1, -1, 0], [-1, -1, 1, 0], [0, 0, 0, 1]], dtype=torch.float64))

@@ -90,6 +90,7 @@ def test_every_epoch_uses_every_view_once_and_is_reproducible(trade):
 
 
 def test_tuples_are_never_broken_but_in_the_controls():
+    """Eq. 18: who meets in a step."""
     assert whole_tuples(drawn(None)) == 1
     assert whole_tuples(drawn(GRANULARITY)) < 0.7
     assert whole_tuples(drawn(torch.zeros(10, dtype=torch.long))) < 0.5
@@ -104,6 +105,7 @@ def test_the_stratified_control_keeps_the_granularities_and_mixes_the_roots():
 
 
 def test_weights_of_both_scalings():
+    """Eq. 18: 1/K_g and 1/K_max."""
     assert torch.allclose(sga.tuple_weights([3, 1, 2]), torch.tensor([1, 1, 1, 3, 1.5, 1.5]).double() / 9)
     assert torch.allclose(sga.tuple_weights([3, 1, 2], "view"), torch.full((6,), 1 / 9).double())
     assert torch.equal(sga.tuple_weights([3, 3]), sga.tuple_weights([3, 3], "view"))     # they differ only if K_g varies
@@ -118,6 +120,7 @@ def test_bad_weights_are_named(arguments):
 
 @pytest.mark.parametrize("scaling", ["root", "view"])
 def test_the_deferred_step_is_one_big_step_whatever_the_sub_batches(scaling):
+    """Eq. 18, both scalings, against one backward pass and by hand."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).double()   # any resolution
     small, large = torch.randn(5, 1, 6, 6, dtype=torch.float64), torch.randn(3, 1, 9, 9, dtype=torch.float64)
@@ -146,6 +149,7 @@ def law(g, n=200000, **settings):
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("g, mu, median, mean", [(0, 0.5, 0.622, 0.602), (1, 0.0, 0.5, 0.5), (2, -0.5, 0.378, 0.398)])
 def test_time_laws_against_their_closed_form(g, mu, median, mean, shift):
+    """Eq. 19."""
     t = law(g, shift=shift).sort().values
     z = torch.logit(t) - math.log(shift)                                   # the shift adds log s to the logit
     cdf = (1 + torch.erf((z - mu) / 2**0.5)) / 2
@@ -165,6 +169,7 @@ def test_each_sample_gets_the_offset_of_its_granularity():
 
 
 def test_weights_begin_to_act_where_snr_is_gamma():
+    """Eq. 20."""
     for g, (gamma, acts) in enumerate(zip((4, 5, 7), (0.333, 0.309, 0.274))):
         edge = 1 / (1 + gamma**0.5)
         assert edge == pytest.approx(acts, abs=6e-4)

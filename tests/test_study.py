@@ -62,10 +62,22 @@ def test_paired_differences_are_of_equal_seeds(study):
     assert study.paired(of, "a", "b", lambda row: row) == [4, 3]
 
 
-def test_the_committed_table_and_page_are_those_of_the_committed_rows(study):
-    rows = study.read_rows()
-    assert (RESULTS / "study_tables.md").read_text() == "\n".join(study.tables(rows)) + "\n"
-    page = (RESULTS / "README.md").read_text()
+def test_the_figures_are_drawn_from_the_rows(study, tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    rows = [row for row in study.read_rows() if row["base"] == 0 and row["model"] == "dit"]
+    study.draw(rows)
+    assert sorted(file.name for file in (tmp_path / "results").iterdir()) == ["study.png", "study_geometry.png", "study_views.png"]
+    assert all(file.stat().st_size > 10_000 for file in (tmp_path / "results").iterdir())
+
+
+def test_the_committed_table_is_that_of_the_committed_rows(study):
+    assert (RESULTS / "study_tables.md").read_text() == "\n".join(study.tables(study.read_rows())) + "\n"
+
+
+@pytest.mark.parametrize("file", ["README.md", "results/README.md"])
+def test_the_numbers_of_the_pages_are_those_of_the_committed_rows(study, file):
+    rows, page = study.read_rows(), (RESULTS.parent / file).read_text()
     assert study.fill(page, rows) == page
     number = next(part for part in page.split("<!-- = ")[1:])
     twin = page.replace(number, number.replace(" -->", " -->1", 1), 1)        # a number that somebody has typed

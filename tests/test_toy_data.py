@@ -189,9 +189,3 @@ def test_the_residual_is_the_noise_and_tells_scenes_from_others():
     between = scenes._replace(nuisance=scenes.nuisance * torch.tensor([0.5, 0.5, 1.0]))
     assert (residual(view(between, "macro")) < limit).float().mean() > 0.97
     assert (residual(noise) > limit).all()
-
-
-def test_demo_draws(tmp_path, capsys):
-    toy.main(tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
-    assert "noise 0.0: the reader finds place, background, shape, colour and texture together in 100.0%" in capsys.readouterr().out

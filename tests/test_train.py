@@ -1,6 +1,7 @@
 """A run of train.py survives whatever stops it, refuses what is wrong in one sentence, and reports what it measured."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -322,6 +323,17 @@ def test_the_kinds_of_pairs_are_counted_by_what_they_share():
 def test_a_probe_of_more_roots_than_there_are_is_refused(tmp_path):
     refused(tiny(tmp_path / "run", "--probe", 5), "--probe", "--roots", "4")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_cover_is_drawn(tmp_path):
+    assert train.main(tiny(tmp_path / "run", "--probe", 2)) is None
+    spec = importlib.util.spec_from_file_location("cover", ROOT / "results/cover.py")
+    cover = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        spec.loader.exec_module(cover)
+        cover.main(str(tmp_path / "run"), str(tmp_path / "cover.png"))
+    assert (tmp_path / "cover.png").stat().st_size > 10_000
 
 
 # --- the method ---

@@ -243,6 +243,9 @@ def learning_rate(s, phase, step):
     return s.finetune_lr * min(step * parts(s)["join"] / s.warmup, 1 - (step - 1) / updates(s), 1)
 
 
+torch.backends.cudnn.allow_tf32 = False                            # torch's own default is True; see tensor_cores
+
+
 def processes():
     """(this process's number, how many there are): (0, 1) unless torchrun started several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -250,12 +253,14 @@ def processes():
 
 @contextlib.contextmanager
 def tensor_cores():
-    """Float32 products in TF32 within, where a GPU has it: faster, with 10 bits. What is measured keeps all 23."""
+    """Float32 products and convolutions in TF32 within, where a GPU has it: faster, with 10 bits. What is measured keeps all 23."""
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
     try:
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
 
 
 class Run:
@@ -472,10 +477,9 @@ def probe_batch(s):
 
 def probed_matrices(model, inputs, u):
     """M of the residuals, the same of the targets u (the kernel seen by fixed vectors), and the residuals r."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):       # exact: no rounded products
-        with torch.no_grad():
-            r = torch.cat([model(*part) for part in zip(*(z.split(64) for z in inputs))]) - u
-        return *(ntk.fast_interaction_matrix(model, inputs, vectors).detach() for vectors in (r, u)), r
+    with torch.no_grad():
+        r = torch.cat([model(*part) for part in zip(*(z.split(64) for z in inputs))]) - u
+    return *(ntk.fast_interaction_matrix(model, inputs, vectors).detach() for vectors in (r, u)), r
 
 
 def geometry(M, r, labels):
@@ -800,6 +804,7 @@ def main_sample(arguments):
     except ValueError as error:
         raise Stop(str(error))
     wanted = {"device": a.device, "seed": a.seed, "guidance": a.guidance, "model": a.model}
+    wanted |= {"precision": "float32"} if a.device == "cpu" else {}        # bfloat16 is very slow on most CPUs
     s = dataclasses.replace(load(a.checkpoint)[0], **{name: value for name, value in wanted.items() if value is not None})
     model = load_weights(a.checkpoint, build(s), s)
     images = sample(model, tokens.repeat_interleave(4, 0).to(s.device), s, seeded(s, 0)).unflatten(0, (-1, 4))

@@ -1,6 +1,6 @@
 """The README's first picture: the interaction matrix before and after fine-tuning, beside what the network draws then.
 
-    python train.py --probe 6 --out runs/cover && python results/cover.py runs/cover
+    python train.py --probe 6 && python results/cover.py runs/dit-0
 """
 
 import dataclasses

@@ -138,15 +138,25 @@ def select(rows, base, model):
     return of, [arm for arm in ARMS if any(name == arm for name, _ in of)]
 
 
+def seeds_of(of, first, second="baseline"):
+    """The seeds that both arms have."""
+    return sorted(seed for arm, seed in of if arm == first and (second, seed) in of)
+
+
 def paired(of, first, second, figure):
     """figure(row) of the first arm minus that of the second, seed by seed."""
-    return [figure(of[arm, seed]) - figure(of[second, seed]) for arm, seed in sorted(of) if arm == first and (second, seed) in of]
+    return [figure(of[first, seed]) - figure(of[second, seed]) for seed in seeds_of(of, first, second)]
+
+
+def relative(of, first, second="baseline"):
+    """The final error of the first arm over that of the second, minus 1, seed by seed."""
+    return [final(of[first, seed]) / final(of[second, seed]) - 1 for seed in seeds_of(of, first, second)]
 
 
 def image_shares(of, arm):
     """By seed: the images in which an arm reaches the baseline's final error, over those of the baseline; nan if never."""
     shares = {}
-    for seed in sorted(seed for name, seed in of if name == arm and ("baseline", seed) in of):
+    for seed in seeds_of(of, arm):
         score = curve(of["baseline", seed])[-1][1]
         shares[seed] = images_to_reach(of[arm, seed], score) / images_to_reach(of["baseline", seed], score)
     return shares
@@ -154,8 +164,8 @@ def image_shares(of, arm):
 
 def correlation(of):
     """Between a run's conflict and its final error, both relative to the baseline of its seed, over all runs but those of whole and -short."""
-    pairs = [(conflict(row) - conflict(of["baseline", seed]), final(row) / final(of["baseline", seed])) for (arm, seed), row in of.items()
-             if arm not in ("baseline", "whole", "sga-short") and ("baseline", seed) in of]
+    arms = {arm for arm, _ in of} - {"baseline", "whole", "sga-short"}
+    pairs = [pair for arm in arms for pair in zip(paired(of, arm, "baseline", conflict), relative(of, arm))]
     return torch.corrcoef(torch.tensor(pairs).T)[0, 1].item()
 
 
@@ -218,19 +228,20 @@ def tables(rows):
 def fill(text, rows):
     """The text with each number between <!-- = expression --> and <!-- --> computed anew from the rows."""
     on = lambda model, base: select(rows, base, model)[0]
+    points = lambda values: interval([100 * value for value in values], "+.1f") + " points"
     figures = {"error": lambda row: final(row), "held": lambda row: final(row, "held_out"), "joint": lambda row: final(row, name="joint"),
                "joint_held": lambda row: final(row, "held_out", "joint")} | {view: lambda row, view=view: final(row, view=view) for view in VIEWS} \
         | {f"{view} {third}": lambda row, view=view, k=k: row["bands"][f"seen {view}"][k] for view in VIEWS for k, third in enumerate(("data", "middle", "noise"))}
     names = {
-        "gap": lambda model, first, second, figure="error", base=0: interval(paired(on(model, base), first, second, figures[figure]), "+.1%" if "joint" in figure else "+.4f"),
-        "relative": lambda model, first, second, base=0: interval([a / final(on(model, base)[second, seed]) for a, seed in
-                    zip(paired(on(model, base), first, second, final), sorted(seed for arm, seed in on(model, base) if arm == first and (second, seed) in on(model, base)))], "+.1%"),
+        "gap": lambda model, first, second, figure="error", base=0: points(paired(on(model, base), first, second, figures[figure])) if "joint" in figure
+                    else interval(paired(on(model, base), first, second, figures[figure])),
+        "relative": lambda model, first, second, base=0: interval(relative(on(model, base), first, second), "+.1%"),
         "mean": lambda model, arm, figure="error", base=0: (lambda x: f"{x:.1%}" if "joint" in figure else f"{x:.4f}")(
                     mean_interval([figures[figure](row) for (name, _), row in on(model, base).items() if name == arm])[0]),
         "reached": lambda model, arm, base=0: (lambda x: f"{sum(not math.isnan(y) for y in x)} of {len(x)}")(list(image_shares(on(model, base), arm).values())),
         "share": lambda model, arm, base=0: f"{numpy.nanmean(list(image_shares(on(model, base), arm).values())):.2f}",
         "conflict": lambda model, arm, kind=None, base=0: f"{mean_interval([conflict(row, kind) for (name, _), row in on(model, base).items() if name == arm])[0]:.0%}",
-        "kinds": lambda model, arm, first, second, base=0: interval([conflict(row, first) - conflict(row, second) for (name, _), row in sorted(on(model, base).items()) if name == arm], "+.1%"),
+        "kinds": lambda model, arm, first, second, base=0: points([conflict(row, first) - conflict(row, second) for (name, _), row in sorted(on(model, base).items()) if name == arm]),
         "probe": lambda model, arm, point, figure, base=0: (lambda x: f"{x:.2f}" if figure == "cross" else f"{x:.0%}" if figure != "drift" else f"{x:.0f}")(
                     mean_interval([row["probe"][point]["cross"] / row["probe"][point]["trace"] if figure == "cross" else row["probe"][point][figure]
                                    for (name, _), row in on(model, base).items() if name == arm])[0]),
@@ -261,7 +272,7 @@ def draw(rows, base=0):
     for (above, below), model, (of, arms) in zip(axes.T, models, chosen):
         for arm in arms:
             ratios, images = [], []
-            for seed in [seed for name, seed in of if name == arm and ("baseline", seed) in of]:
+            for seed in seeds_of(of, arm):
                 images, errors = zip(*curve(of[arm, seed]))
                 ratios.append(errors / numpy.interp(images, *zip(*curve(of["baseline", seed]))))
             if ratios:
@@ -310,8 +321,7 @@ def draw(rows, base=0):
     figure, axes = plt.subplots(2, len(models), figsize=(9.5 * len(models), 13), squeeze=False, layout="constrained")
     for (above, below), model, (of, arms) in zip(axes.T, models, chosen):
         for arm in arms:
-            points = list(zip(paired(of, arm, "baseline", lambda row: 100 * conflict(row)), [100 * final(of[arm, seed]) / final(of["baseline", seed]) - 100
-                                                                                             for name, seed in sorted(of) if name == arm and ("baseline", seed) in of]))
+            points = list(zip(paired(of, arm, "baseline", lambda row: 100 * conflict(row)), [100 * change for change in relative(of, arm)]))
             if points and arm not in ("baseline", "whole", "sga-short"):
                 above.plot(*zip(*points), STYLES[arm][1], color=STYLES[arm][0], label=arm)
         above.axhline(0, color="grey")

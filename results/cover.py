@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 import ntk  # noqa: E402
 import train  # noqa: E402
+from results.pictures import show  # noqa: E402
 
 
 def main(folder, file=str(ROOT / "results/cover.png")):
@@ -43,7 +44,7 @@ def main(folder, file=str(ROOT / "results/cover.png")):
     drawn = train.sample(model, tokens.repeat_interleave(3, 0), s, train.seeded(s, 9)).unflatten(0, (6, 3))
     captions = train.toy_data.captions(scenes, [train.GRANULARITIES[g] for g in granularity])
     for axis, image, samples, caption in zip(right.subplots(6, 1), truth, drawn, captions):
-        train.show(axis, [image, torch.ones_like(image[:, :, :4]), *samples])
+        show(axis, [image, torch.ones_like(image[:, :, :4]), *samples])
         axis.set_title(caption, fontsize=10)
     right.suptitle(f"a true image | three samples ({s.model}, arm {s.arm})")
     figure.savefig(file, dpi=80)

@@ -255,7 +255,6 @@ def fill(text, rows):
 
 # --- Figures -----------------------------------------------------------------------------------------------------
 
-COLOURS = dict(zip(("macro", "meso", "micro"), ("#0072b2", "#e69f00", "#009e73")))        # of the granularities, everywhere
 STYLES = {"sga": ("black", "o"), "baseline": ("#0072b2", "o"), "tuple": ("#e69f00", "o"), "tuple_max": ("#e69f00", "^"), "stratified": ("#009e73", "o"),
           "random": ("#009e73", "^"), "offsets": ("#cc79a7", "o"), "flipped": ("#cc79a7", "v"), "global": ("#cc79a7", "s"), "min_snr": ("#56b4e9", "o"),
           "big": ("#d55e00", "o"), "whole": ("#d55e00", "^"), "measured": ("grey", "D"), "lean": ("grey", "s"), "sga-short": ("black", "v")}      # told apart by colour-blind readers
@@ -265,6 +264,7 @@ def draw(rows, base=0):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from results.pictures import VIEW_COLOURS
     models = [model for model in MODELS if select(rows, base, model)[0]]
     chosen = [select(rows, base, model) for model in models]
 
@@ -300,7 +300,7 @@ def draw(rows, base=0):
     figure, axes = plt.subplots(2, len(models), figsize=(9.5 * len(models), 12), squeeze=False, layout="constrained")
     for (above, below), model, (of, arms) in zip(axes.T, models, chosen):
         arms = [arm for arm in arms if arm not in ("baseline", "whole", "big")]
-        for axis, kinds in ((above, {view: (COLOURS[view], lambda row, view=view: 1e3 * final(row, view=view)) for view in VIEWS}),
+        for axis, kinds in ((above, {view: (VIEW_COLOURS[view], lambda row, view=view: 1e3 * final(row, view=view)) for view in VIEWS}),
                             (below, {"seen captions": ("black", lambda row: 100 * final(row, name="joint")), "held-out captions": ("#cc79a7", lambda row: 100 * final(row, "held_out", "joint"))})):
             for shift, (name, (colour, value)) in enumerate(kinds.items()):
                 for x, arm in enumerate(arms):

@@ -146,7 +146,7 @@ def test_each_change_changes_what_it_names_and_is_undone(gpu, monkeypatch):
         if not expected & {"batch", "autocast"}:
             assert torch.allclose(weights, others, atol=1e-6), name        # it costs time, and computes the same
     assert all(getattr(*place) is original for place, original in zip(places, originals))
-    assert torch.get_float32_matmul_precision() == "highest" and torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
 
 
 def test_the_same_round_draws_the_same_tensors(gpu, monkeypatch):

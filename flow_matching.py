@@ -133,7 +133,7 @@ def data_interaction_matrix(v, u_g):
     """(N, G, G) Omega_gh = <v - u_g, v - u_h>, for v (N, ...) and u_g (N, G, ...) (Eq. 8).
 
     |v - u*|^2 = omega^T Omega omega for any partition: the diagonal is each group learning alone, the off-diagonal is the
-    residual correlation between groups. The same expansion in reverse: sum_g omega_g |v - u_g|^2
+    residual correlation between groups. Averaging the groups' own errors instead gives sum_g omega_g |v - u_g|^2
     = |v - u*|^2 + sum_g omega_g |u_g - u*|^2, whose last term has no v in it (Eq. 9).
     """
     D_g = (v[:, None] - u_g).flatten(2)                                    # (N, G, D)
@@ -153,7 +153,7 @@ def main(file="flow_matching.png"):
     print("Eq. 1, 2: every pair (x0, e) has a straight path, along which the velocity e - x0 is constant")
     a.plot(*torch.stack([x0[:60], e[:60]]).permute(2, 0, 1).numpy(), color="#0072b2", linewidth=0.7)
     a.scatter(*e[:60].T.numpy(), s=12, color="grey", label="noise, t = 1", zorder=2)
-    a.set_title("Eq. 1-2: straight paths, which cross")
+    a.set_title("Eq. 1-2: straight paths (t is not shown)")
 
     t = torch.tensor(0.5)
     axis = torch.linspace(-2.4, 2.4, 17)
@@ -171,7 +171,7 @@ def main(file="flow_matching.png"):
     ways = torch.stack(line)                                               # (201, 60, 2)
     c.plot(*ways.permute(2, 0, 1).numpy(), color="#0072b2", linewidth=0.7)
     c.scatter(*start.T.numpy(), s=12, color="grey", label="noise, t = 1", zorder=2)
-    c.set_title("Eq. 6: samples follow u* from t = 1 to 0,\nand do not cross")
+    c.set_title("Eq. 6: samples follow u* from t = 1 to 0;\nno two are at one x at one t")
     print(f"Eq. 6: after 200 Euler steps the largest distance from the nearest data point is {torch.cdist(ways[-1], points).min(1).values.max():.1e}")
 
     grid = torch.linspace(0.02, 1, 50)

@@ -200,13 +200,14 @@ def main(file="sga.png"):
     arrows = vectors[:, [2, 1]] * values[[2, 1]].clamp(min=0).sqrt()       # (3, 2)
     for (x, y), name, colour in zip(arrows.tolist(), GRANULARITIES, colours):
         axes[1, 0].annotate("", (x, y), (0, 0), arrowprops={"color": colour, "width": 2})
-        axes[1, 0].plot([], [], color=colour, label=name)
+        in_plane = (x * x + y * y) ** 0.5 / between.diagonal()[GRANULARITIES.index(name)].sqrt()
+        axes[1, 0].plot([], [], color=colour, label=f"{name}: {in_plane:.0%} of its length is in this plane")
     x, y = arrows.mean(0).tolist()
     axes[1, 0].annotate("", (x, y), (0, 0), arrowprops={"color": "black", "width": 3})
     axes[1, 0].plot([], [], color="black", label="their mean: the one step")
     reach = 1.15 * arrows.abs().max().item()
     axes[1, 0].set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title="Eq. 18: one tuple's gradients meet in one step\n(their two widest dimensions)")
-    for axis, matrix, title in ((axes[1, 1], cosine, "the same as cosines"), (axes[1, 2], M.sign(), "signs of M, view by view (orange: conflict)")):
+    for axis, matrix, title in ((axes[1, 1], cosine, "the same as cosines"), (axes[1, 2], M.sign(), "signs of M, 3 views with 8 noises each\n(purple: agree, orange: conflict)")):
         order = torch.arange(24).view(8, 3).T.flatten() if len(matrix) == 24 else torch.arange(3)
         axis.imshow(matrix[order][:, order].numpy(), vmin=-1, vmax=1, cmap="PuOr")
         axis.set(title=title, xticks=(order.view(3, -1).shape[1] * torch.arange(3) + (len(order) - 3) / 6).tolist(),

@@ -67,7 +67,7 @@ def sga_or_baseline():
 
 # --- The list ----------------------------------------------------------------------------------------------------
 
-AGAIN = "Delete each body but for its docstring, and write it again until the judge passes. "
+AGAIN = "Delete each body and the formula in its docstring, and write it again until the judge passes (git checkout brings it back). "
 BREAKS = "Predict all tests of the judge that fail then (demos aside), by their names."
 
 EXERCISES = (
@@ -87,7 +87,7 @@ EXERCISES = (
     Exercise("The best possible velocity", "flow_matching", "posterior, exact_velocity",
              AGAIN + "Which of the data points did x come from, and where do they pull it?",
              "This is what a perfect network would say (Eq. 4); what it cannot say is the floor of the loss (Eq. 5).",
-             ("test_exact_velocity_is_that_of_the_score",)),
+             ("test_exact_velocity_is_that_of_the_score", "test_populations_may_differ_from_sample_to_sample", "test_exact_velocity_refuses_times_outside_its_range")),
     Exercise("Groups of data interact", "flow_matching", "group_velocities, data_interaction_matrix",
              AGAIN + "A group alone is the population with weight 0 elsewhere.",
              "The error is a quadratic form for any partition, a random one too (Eq. 7-9).",
@@ -111,7 +111,8 @@ EXERCISES = (
     Exercise("Noise levels and weights by granularity", "sga", "offset_time, min_snr_weight",
              AGAIN + "Macro views see more noise, micro views less.",
              "With the tuples, this is all that SGA can change (Eq. 19-21).",
-             ("test_time_laws_against_their_closed_form", "test_weights_begin_to_act_where_snr_is_gamma")),
+             ("test_time_laws_against_their_closed_form", "test_each_sample_gets_the_offset_of_its_granularity",
+              "test_weights_begin_to_act_where_snr_is_gamma", "test_the_velocity_form_is_the_epsilon_form_carried_over")),
     Exercise("An offset in the wrong place", "sga", "offset_time",
              "Suppose that the offset were added after the sigmoid instead of before. " + BREAKS,
              "A shift of the logit keeps t between 0 and 1 (Eq. 19).",

@@ -30,13 +30,14 @@ def test_target_is_the_derivative_of_the_path():
     x0, e, t = rand(3, 4), rand(3, 4, seed=1), times(3)
     _, slope = torch.func.jvp(lambda t: fm.path(x0, e, t), (t,), (torch.ones_like(t),))
     assert torch.allclose(slope, fm.target(x0, e), atol=1e-15)
-    assert torch.allclose((fm.path(x0, e, t) - x0) / t[:, None], fm.target(x0, e), atol=1e-12)      # Eq. 2's second form
+    assert torch.allclose((fm.path(x0, e, t) - x0) / t[:, None], fm.target(x0, e), atol=1e-12)      # Eq. 2's other form
 
 
 def test_loss_is_zero_for_the_target_and_known_for_a_constant_error():
     """Eq. 3 in two cases that need no formula."""
     x0, e, t = rand(5, 3, 4, 4), rand(5, 3, 4, 4, seed=1), times(5)
     assert fm.loss(lambda *_: e - x0, x0, None, t, e).abs().max() == 0
+    assert fm.loss(lambda x_t, t, tokens: (x_t - x0) / t[:, None, None, None], x0, None, t, e).max() < 1e-24       # Eq. 2's other form, at x_t and t
     one_wrong = torch.zeros_like(x0)
     one_wrong[2, 0, 0, 0] = 4.0                                            # 4^2 over D = 48 outputs
     assert torch.allclose(fm.loss(lambda *_: e - x0 + one_wrong, x0, None, t, e), torch.tensor([0, 0, 16 / 48, 0, 0], dtype=torch.float64))

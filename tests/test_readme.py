@@ -180,14 +180,12 @@ def test_every_arm_and_every_field_of_the_probe_and_the_study_is_explained():
 
 def test_the_exercises_are_those_of_the_judge():
     import exercises
-    table = re.findall(r"^\| ([\d, ]+) \| ([^|]*) \| ([^|]*) \|$", README.split("## Exercises")[1].split("\n## ")[0], re.M)
-    row = {int(number): (do, judge) for numbers, do, judge in table for number in numbers.split(",")}
-    assert set(row) == set(range(1, len(exercises.EXERCISES) + 1))
-    for number, exercise in enumerate(exercises.EXERCISES, 1):
+    told = README.split("## Exercises")[1].split("\n## ")[0]
+    numbers = {n for group in re.findall(r"\(([\d, -]+)\)", told) for first, last in re.findall(r"(\d+)-?(\d*)", group) for n in range(int(first), int(last or first) + 1)}
+    assert numbers == set(range(1, len(exercises.EXERCISES) + 1))
+    for exercise in exercises.EXERCISES:
         if not exercise.change and not exercise.measure:
-            do, judge = row[number]
-            assert re.findall(r"`(\w+)`", do) == exercise.functions.split(", ")
-            assert re.findall(r"`(\w+)`", judge) == [test.split("::")[-1].split("[")[0] for test in exercise.tests]
+            assert ", ".join(f"`{name}`" for name in exercise.functions.split(", ")) in told
 
 
 def test_the_benchmarks_table_is_whole():

@@ -81,7 +81,7 @@ def posterior(x, t, points, pi=None):
     """(N, K) w_k(x, t) = softmax_k(log pi_k - |x - (1 - t) x^k|^2 / (2 t^2)): which x0 the noisy x came from (Eq. 4).
 
     x is (N, ...), t is (N,) in (0, 1], points are (K, ...) or, one population for each x, (N, K, ...); pi is (K,) or
-    (N, K), equal if None. Raises ValueError where t is 0: there x is data already and nothing is left to infer.
+    (N, K), equal if None. Raises ValueError for t outside: at t = 0 x is data already and nothing is left to infer.
     """
     if (t <= 0).any() or (t > 1).any():
         raise ValueError("the exact velocity needs 0 < t <= 1")

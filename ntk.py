@@ -42,11 +42,17 @@ def ntk_blocks(f, params, inputs, chunk=16):
 
 
 def per_sample_gradients(f, params, inputs, vectors):
-    """(N, P) g_i = J_i^T vector_i, with the parameters in the order of the dict (Eq. 10)."""
+    """(N, P) g_i = J_i^T vector_i for vectors (N, *output shape), with the parameters in the order of the dict (Eq. 10)."""
+    N = len(_checked(inputs)[0])
+    if len(vectors) != N:
+        raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} does not fit {(N, *vectors.shape[1:])}")
+
     def one(vector, *sample):
         v, pull_back = vjp(lambda weights: f(weights, *sample), params)
+        if vector.numel() != v.numel():
+            raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} does not fit {(N, *v.shape)}")
         return torch.cat([g.flatten() for g in pull_back(vector.view_as(v))[0].values()])
-    return vmap(one)(vectors, *_checked(inputs))
+    return vmap(one)(vectors, *inputs)
 
 
 def ntk_trace(f, params, inputs, chunk=16):
@@ -58,9 +64,11 @@ def ntk_trace(f, params, inputs, chunk=16):
 
 
 def interaction_matrix(f, params, inputs, residuals, chunk=None):
-    """(N, N) M_ij = <g_i, g_j> for residuals (N, *output shape); 2 `chunk` P numbers in memory, 2 N P if None (Eq. 12)."""
-    v = vmap(lambda *one: f(params, *one))(*_checked(inputs))
-    parts = [(part[0], part[1:]) for part in zip(*(z.split(chunk or len(v)) for z in (_like(residuals, v), *inputs)))]
+    """(N, N) M_ij = <g_i, g_j> for residuals (N, *output shape); N P numbers in memory, or 2 `chunk` P and more time (Eq. 12)."""
+    if chunk is None:
+        G = per_sample_gradients(f, params, inputs, residuals)     # (N, P)
+        return G @ G.T
+    parts = [(part[0], part[1:]) for part in zip(*(z.split(chunk) for z in (residuals, *_checked(inputs))))]
     G = lambda part: per_sample_gradients(f, params, part[1], part[0])     # (chunk, P)
     return torch.cat([torch.cat([rows @ G(part).T for part in parts], 1) for rows in map(G, parts)])
 
@@ -92,7 +100,7 @@ def fast_interaction_matrix(model, inputs, residuals):
 
 
 def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27):
-    """(N, N, D, D) K_ij; errors as above. Works on as many layers at once as have `hold` cotangents, the next on the next (Eq. 11)."""
+    """(N, N, D, D) K_ij; errors as above. Layers are taken in groups of at most `hold` cotangent numbers, to bound the memory (Eq. 11)."""
     v, calls = _record(model, inputs)
     D = v[0].numel()
     unit = torch.eye(D, dtype=v.dtype, device=v.device).view(D, 1, *v.shape[1:]).expand(-1, *v.shape)      # (D, N, ...)
@@ -110,6 +118,14 @@ def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27):
 def _record(model, inputs):
     """The output and the (layer, input, output) of each layer with a trainable parameter."""
     owner, calls, handles = {}, [], []
+
+    def keep(name):
+        def hook(layer, args, z):
+            if not args:
+                raise ValueError(f"{name} is called with its input by keyword; call it by position, or use the clear route")
+            calls.append((name, layer, args[0].detach().clone(), z))
+            return z.clone()                                       # what works in place on it leaves ours alone
+        return hook
     for name, layer in model.named_modules():
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -122,7 +138,7 @@ def _record(model, inputs):
                 raise ValueError(f"{name} shares a parameter with {owner[id(p)]}; use the clear route")
             owner[id(p)] = name
         if own:
-            handles.append(layer.register_forward_hook(lambda layer, args, z, name=name: calls.append((name, layer, args[0].detach(), z))))
+            handles.append(layer.register_forward_hook(keep(name)))
     try:
         with torch.enable_grad():
             v = model(*_checked(inputs))
@@ -133,6 +149,12 @@ def _record(model, inputs):
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{name} is called {names.count(name)} times in one pass; use the clear route")
+    aside = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name.rpartition(".")[0] not in names]
+    if aside:
+        used = torch.autograd.grad(v.sum(), [p for _, p in aside], retain_graph=True, allow_unused=True)
+        for (name, _), g in zip(aside, used):
+            if g is not None:
+                raise ValueError(f"{name} is used, but its layer is never called; use the clear route")
     return v, [call[1:] for call in calls]
 
 

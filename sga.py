@@ -73,7 +73,7 @@ def tuple_weights(sizes, scaling="root", k_max=3):
     """(n,) float64: the weight of each view in the loss of a step, for G tuples of the given sizes, n views in all (Eq. 18).
 
     "root": 1 / (G K_g), every root weighs the same (the paper); "view": 1 / (G K_max), every view does (the authors' code).
-    In the geometry a weight a_i turns M_ij into a_i a_j M_ij (Eq. 21).
+    In the geometry a weight a_i turns M_ij into a_i a_j M_ij (Eq. 21). Raises ValueError for another scaling or a larger tuple.
     """
     if scaling not in ("root", "view") or max(sizes) > k_max:
         raise ValueError(f'the scaling must be "root" or "view" and a tuple at most {k_max} views, not {scaling!r} and {max(sizes)}')
@@ -103,7 +103,10 @@ def offset_time(granularity, generator, offsets=OFFSETS, mean=0.0, std=1.0, shif
     """(n,) t = sigmoid(z), z ~ N(mean + offset, std^2), then the resolution shift t' = s t / (1 + (s - 1) t) (Eq. 19).
 
     granularity is (n,). Macro (+0.5) sees more noise, micro (-0.5) less. The median is that of sigmoid(mean + offset), shifted.
+    Raises ValueError for a shift that is not positive.
     """
+    if shift <= 0:
+        raise ValueError(f"the resolution shift must be positive, not {shift}")
     mu = mean + sum(offset * (granularity == g) for g, offset in enumerate(offsets))       # (n,), no table to copy to a GPU
     t = torch.sigmoid(mu + std * torch.randn(len(mu), generator=generator, device=mu.device))
     return shift * t / (1 + (shift - 1) * t)

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=2 train.py                   # on two GPUs: the same batches, each GPU takes a share of the views
     python train.py sample --checkpoint runs/dit-0/checkpoint.pt "macro red striped circle top left on white"
 
-Everything that a run makes lies in its folder: log.csv, checkpoint.pt, pretrained.pt, report.json, and two pictures.
+The method is draw_batch, train_step and learning_rate; the rest keeps books. Everything that a run makes lies in its folder: log.csv, checkpoint.pt, pretrained.pt, report.json, and two pictures.
 """
 
 import argparse
@@ -313,10 +313,11 @@ class Run:
         within = step if phase == "pretrain" else step - s.pretrain_steps
         first, count = processes()
         *views, a = (z[first::count] for z in draw_batch(s, self.generator, plan if phase == "finetune" else None, within - 1, self.offsets))
-        parts = [(part[:-1], count * part[-1]) for part in zip(*(z.split(s.chunk or len(z)) for z in (*views, a)))]    # count: they are averaged
+        a = count * a                                              # several processes average their gradients
+        sub_batches = [(part[:-1], part[-1]) for part in zip(*(z.split(s.chunk or len(z)) for z in (*views, a)))]
         self.optimizer.zero_grad()
         with tensor_cores():
-            loss = sga.deferred_backward(lambda *views: fm.loss(self.compute, *views), parts, getattr(self.network, "no_sync", contextlib.nullcontext))
+            loss = sga.deferred_backward(lambda *views: fm.loss(self.compute, *views), sub_batches, getattr(self.network, "no_sync", contextlib.nullcontext))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
         self.broken = torch.where((self.broken == 0) & ~norm.isfinite(), step, self.broken)
         for group in self.optimizer.param_groups:

@@ -30,9 +30,10 @@ def main(folder, file=str(ROOT / "results/cover.png")):
     for axis, row, when in zip(axes, (rows[0], rows[-1]), ("before fine-tuning", f"after {rows[-1]['step'] - s.pretrain_steps} steps of it")):
         shown = axis.imshow(ntk.cosines(torch.tensor(row["M"])).numpy(), vmin=-1, vmax=1, cmap="PuOr")
         axis.set(title=f"{when}: {row['conflict']:.0%} of pairs conflict\ndL/dτ = {row['trace']:.3g} (alone) {row['cross']:+.3g} (cross terms)",
-                 xlabel="in each root: macro, meso, micro; in each of these: t = 0.2, 0.5, 0.8", xticks=range(4, 9 * s.probe, 9), yticks=range(4, 9 * s.probe, 9))
+                 xticks=range(4, 9 * s.probe, 9), yticks=range(4, 9 * s.probe, 9))
         axis.set_xticklabels([f"root {k + 1}" for k in range(s.probe)])
         axis.set_yticklabels([f"root {k + 1}" for k in range(s.probe)])
+        axis.set_xlabel("a root: macro, meso, micro; each: t = 0.2, 0.5, 0.8", fontsize=9)
         for edge in range(9, 9 * s.probe, 9):
             axis.axhline(edge - 0.5, color="black", linewidth=0.6)
             axis.axvline(edge - 0.5, color="black", linewidth=0.6)

@@ -5,6 +5,8 @@ import torch
 
 import ntk
 
+KINDS = {"root view": ("black", "-"), "root level": ("black", "--"), "root": ("black", ":"), "view level": ("#d55e00", "-"), "view": ("#d55e00", "--"),
+         "level": ("#cc79a7", "-"), "nothing": ("#56b4e9", "-")}                  # what two samples share: the colour and the line
 VIEW_COLOURS = {"macro": "#0072b2", "meso": "#e69f00", "micro": "#009e73"}        # told apart by colour-blind readers
 
 
@@ -57,15 +59,15 @@ def draw_probe(rows, s, file):
     steps = [row["step"] for row in rows]
     for axis, name, title in ((axes[0, 0], "conflict", "share of pairs in conflict, by what two samples share"),
                               (axes[0, 1], "cosine", "mean cosine of two samples' gradients, by what they share")):
-        for kind, colour in zip(rows[0]["pairs"], ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "black")):
-            axis.plot(steps, [row["pairs"][kind][name] for row in rows], "o-", markersize=4, color=colour, label=kind)
+        for kind in rows[0]["pairs"]:
+            axis.plot(steps, [row["pairs"][kind][name] for row in rows], "o", linestyle=KINDS[kind][1], markersize=4, color=KINDS[kind][0], label=kind)
         axis.set(title=title, ylim=(0, None) if name == "conflict" else None)
         axis.legend(title="the two share their")
-    axes[1, 0].plot(steps, [row["cross"] / row["trace"] for row in rows], "o-", color="#0072b2", label="cross terms / trace (Eq. 13)")
-    axes[1, 0].plot(steps, [row["sign_agreement"] for row in rows], "s-", color="#e69f00", label="sign agreement (Eq. 17)")
-    axes[1, 0].plot(steps, [row["drift"] for row in rows], "^-", color="#009e73", label="drift of the kernel, seen by the targets (Eq. 16)")
+    axes[1, 0].plot(steps, [row["cross"] / row["trace"] for row in rows], "o-", color="black", label="cross terms / trace (Eq. 13)")
+    axes[1, 0].plot(steps, [row["sign_agreement"] for row in rows], "s-", color="#d55e00", label="sign agreement (Eq. 17)")
+    axes[1, 0].plot(steps, [row["drift"] for row in rows], "^-", color="#cc79a7", label="drift of the kernel, seen by the targets (Eq. 16)")
     axes[1, 0].set_yscale("symlog", linthresh=0.1)
-    axes[1, 0].set_title("the whole matrix")
+    axes[1, 0].set(title="the whole matrix: three numbers without unit", ylabel="ratio, share, ratio (linear below 0.1)")
     axes[1, 0].legend()
     for axis in axes.flat[:3]:
         axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)

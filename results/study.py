@@ -92,7 +92,7 @@ VIEWS = ("macro", "meso", "micro")
 MODELS = {"dit": "DiT", "unet": "U-Net"}
 KINDS = ("root view", "root level", "root", "view level", "view", "level", "nothing")      # what two samples share
 DECISIVE = (("whole", "baseline"), ("big", "baseline"), ("random", "baseline"), ("stratified", "baseline"), ("tuple", "baseline"),
-            ("tuple", "stratified"), ("tuple", "big"), ("tuple", "random"), ("tuple_max", "tuple"), ("offsets", "baseline"), ("flipped", "baseline"),
+            ("tuple", "stratified"), ("tuple", "big"), ("tuple", "random"), ("tuple_max", "tuple"), ("tuple_max", "baseline"), ("tuple_max", "random"), ("offsets", "baseline"), ("flipped", "baseline"),
             ("offsets", "flipped"), ("offsets", "global"), ("min_snr", "baseline"), ("sga", "baseline"), ("sga", "tuple"), ("sga-short", "baseline"),
             ("measured", "baseline"), ("measured", "lean"), ("measured", "flipped"))
 
@@ -162,9 +162,9 @@ def image_shares(of, arm):
     return shares
 
 
-def correlation(of):
-    """Between a run's conflict and its final error, both relative to the baseline of its seed, over all runs but those of whole and -short."""
-    arms = {arm for arm, _ in of} - {"baseline", "whole", "sga-short"}
+def correlation(of, *without):
+    """Between a run's conflict and its final error, both relative to the baseline of its seed, over all runs but those of whole, -short and some."""
+    arms = {arm for arm, _ in of} - {"baseline", "whole", "sga-short", *without}
     pairs = [pair for arm in arms for pair in zip(paired(of, arm, "baseline", conflict), relative(of, arm))]
     return torch.corrcoef(torch.tensor(pairs).T)[0, 1].item()
 
@@ -245,7 +245,10 @@ def fill(text, rows):
         "probe": lambda model, arm, point, figure, base=0: (lambda x: f"{x:.2f}" if figure == "cross" else f"{x:.0%}" if figure != "drift" else f"{x:.0f}")(
                     mean_interval([row["probe"][point]["cross"] / row["probe"][point]["trace"] if figure == "cross" else row["probe"][point][figure]
                                    for (name, _), row in on(model, base).items() if name == arm])[0]),
-        "correlation": lambda model, base=0: f"{correlation(on(model, base)):+.2f}", "seeds": lambda model, arm, base=0: str(sum(name == arm for name, _ in on(model, base))), "runs": lambda base=None: str(sum(base in (None, row["base"]) for row in rows)),
+        "correlation": lambda model, *without, base=0: f"{correlation(on(model, base), *without):+.2f}",
+        "mean_offsets": lambda model: ", ".join(f"{numpy.mean([[point['offsets'][g] for point in row['probe'][1:]] for (name, _), row in on(model, 1).items() if name == 'measured']):+.2f}" for g in range(3)),
+        "lowest_offset": lambda model: f"{min(numpy.mean([row['probe'][k]['offsets'][g] for (name, _), row in on(model, 1).items() if name == 'measured']) for k in range(7) for g in range(3)):+.2f}",
+        "third": lambda model: f"{numpy.mean([row['bands'][f'seen {view}'][0] / sum(row['bands'][f'seen {view}']) for (name, _), row in on(model, 0).items() if name == 'baseline' for view in VIEWS]):.0%}", "seeds": lambda model, arm, base=0: str(sum(name == arm for name, _ in on(model, base))), "runs": lambda base=None: str(sum(base in (None, row["base"]) for row in rows)),
         "minutes": lambda base: f"{sum(row['seconds'] for row in rows if row['base'] == base) / 60:.0f}", "torch_of": lambda base: ", ".join({row["torch"] for row in rows if row["base"] == base}),
         "parameters": lambda model: f"{sum(p.numel() for p in train.build(train.Settings(**next(row['settings'] for row in rows if row['model'] == model))).parameters()):,}",
         "offsets": lambda model, point, base=1: ", ".join(f"{mean_interval([row['probe'][point]['offsets'][g] for (name, _), row in on(model, base).items() if name == 'measured'])[0]:+.2f}" for g in range(3)),
@@ -255,18 +258,22 @@ def fill(text, rows):
 
 # --- Figures -----------------------------------------------------------------------------------------------------
 
-STYLES = {"sga": ("black", "o"), "baseline": ("#0072b2", "o"), "tuple": ("#e69f00", "o"), "tuple_max": ("#e69f00", "^"), "stratified": ("#009e73", "o"),
-          "random": ("#009e73", "^"), "offsets": ("#cc79a7", "o"), "flipped": ("#cc79a7", "v"), "global": ("#cc79a7", "s"), "min_snr": ("#56b4e9", "o"),
-          "big": ("#d55e00", "o"), "whole": ("#d55e00", "^"), "measured": ("grey", "D"), "lean": ("grey", "s"), "sga-short": ("black", "v")}      # told apart by colour-blind readers
+STYLES = {"sga": ("black", "o"), "baseline": ("grey", "o"), "tuple": ("#d55e00", "o"), "tuple_max": ("#d55e00", "^"), "stratified": ("#56b4e9", "o"),
+          "random": ("#56b4e9", "^"), "offsets": ("#cc79a7", "o"), "flipped": ("#cc79a7", "v"), "global": ("#cc79a7", "s"), "min_snr": ("#882255", "o"),
+          "big": ("silver", "o"), "whole": ("silver", "^"), "measured": ("#332288", "D"), "lean": ("#332288", "s"), "sga-short": ("black", "v")}      # told apart by colour-blind readers
 
 
 def draw(rows, base=0):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from results.pictures import VIEW_COLOURS
+    from results.pictures import KINDS as LINES, VIEW_COLOURS
     models = [model for model in MODELS if select(rows, base, model)[0]]
-    chosen = [select(rows, base, model) for model in models]
+    chosen = []
+    for model in models:                                         # fewer than three seeds are in the tables only
+        of, arms = select(rows, base, model)
+        arms = [arm for arm in arms if sum(name == arm for name, _ in of) > 2]
+        chosen.append(({key: row for key, row in of.items() if key[0] in arms}, arms))
 
     figure, axes = plt.subplots(2, len(models), figsize=(9.5 * len(models), 14), squeeze=False, layout="constrained")
     for (above, below), model, (of, arms) in zip(axes.T, models, chosen):
@@ -277,9 +284,9 @@ def draw(rows, base=0):
                 ratios.append(errors / numpy.interp(images, *zip(*curve(of["baseline", seed]))))
             if ratios:
                 above.plot(images, sum(ratios) / len(ratios), color=STYLES[arm][0], marker=STYLES[arm][1], linewidth=2.5 if arm in ("sga", "baseline") else 1.2, label=f"{arm} ({len(ratios)})")
-        above.set(title=f"{MODELS[model]}: error on the roots' captions over the baseline's after as many images", xlabel="images of the fine-tuning",
-                  ylabel="|v - u*|²/D, mean of views and seeds, over the baseline's", ylim=(0.97, 1.25))
-        above.legend(ncols=2, title="arm (seeds); whole lies far above")
+        above.set(title=f"{MODELS[model]}: error divided by the baseline's, at equal images", xlabel="images of the fine-tuning",
+                  ylabel="|v - u*|²/D, mean of views and seeds, over the baseline's", ylim=(0.94, 1.25))
+        above.legend(ncols=2, title="arm (seeds)" + "; whole lies far above" * ("whole" in arms))
         labels = []
         for pair in DECISIVE[::-1]:
             gaps = [1e3 * gap for gap in paired(of, *pair, final)]
@@ -293,6 +300,8 @@ def draw(rows, base=0):
         below.set(yticks=range(len(labels)), xlabel="difference of the final |v - u*|²/D on seen captions, in 1/1000; left of 0: the first is better",
                   title=f"{MODELS[model]}: decisive comparisons: seeds (blue), mean and 95% interval (black)")
         below.set_xscale("symlog", linthresh=5)
+        below.set_xticks([-100, -10, -5, -2, 0, 2, 5, 10, 100])
+        below.set_xticklabels(["-100", "-10", "-5", "-2", "0", "2", "5", "10", "100"])
         below.set_yticklabels(labels)
         below.grid(axis="x", alpha=0.3)
     save(figure, "study", base)
@@ -330,9 +339,9 @@ def draw(rows, base=0):
                   xlabel="share of conflicting pairs, mean of the checkpoints, minus the baseline's, percentage points", ylabel="final |v - u*|²/D against the baseline's, %")
         above.legend(ncols=2, fontsize=9)
         same = [row for (arm, _), row in sorted(of.items()) if arm == "baseline"]
-        for kind, colour in zip(KINDS, ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "black")):
+        for kind, (colour, line) in LINES.items():
             below.plot([point["step"] - same[0]["probe"][0]["step"] for point in same[0]["probe"]],
-                       [100 * sum(row["probe"][k]["pairs"][kind]["conflict"] for row in same) / len(same) for k in range(len(same[0]["probe"]))], "o-", color=colour, label=kind)
+                       [100 * sum(row["probe"][k]["pairs"][kind]["conflict"] for row in same) / len(same) for k in range(len(same[0]["probe"]))], "o", linestyle=line, color=colour, label=kind)
         below.set(title=f"{MODELS[model]}, baseline: who is in conflict, by what two samples share ({len(same)} seeds)", xlabel="steps of the fine-tuning", ylabel="pairs with M_ij < 0, %")
         below.legend(title="the two share their")
     save(figure, "study_geometry", base)

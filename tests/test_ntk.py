@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
@@ -167,6 +168,31 @@ class Twice(nn.Module):
         return self.layer(self.layer(x))
 
 
+class Aside(Twice):
+    def forward(self, x):
+        return nn.functional.linear(x, self.layer.weight)
+
+
+class Named(Twice):
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+class InPlace(nn.Module):
+    """What the layers were given and what they gave is overwritten afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(3, 8), nn.Linear(8, 3), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        h = self.act(self.a(x))
+        v = self.b(h)
+        v += 1
+        v *= 2
+        return v
+
+
 class Raw(nn.Module):
     def __init__(self):
         super().__init__()
@@ -183,12 +209,21 @@ def tied():
 
 
 @pytest.mark.parametrize("model, words", [
-    (Twice(), "layer is called 2 times"), (Raw(), "Raw"), (tied(), "1 shares a parameter with 0"), (nn.Sequential(nn.BatchNorm1d(3)), "couples the samples"),
+    (Twice(), "layer is called 2 times"), (Aside(), "layer.weight is used, but its layer is never called"), (Named(), "by keyword"), (Raw(), "Raw"), (tied(), "1 shares a parameter with 0"), (nn.Sequential(nn.BatchNorm1d(3)), "couples the samples"),
     (nn.Sequential(nn.Bilinear(3, 3, 3)), "0 .Bilinear."), (nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), "0 .Conv2d."),
     (nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 3)), "couples the samples")])
 def test_the_fast_route_refuses_what_it_does_not_cover(model, words):
     with pytest.raises(ValueError, match=words):
         ntk.fast_interaction_matrix(model, (torch.randn(2, 3),), torch.randn(2, 3))
+
+
+def test_work_in_place_changes_nothing():
+    torch.manual_seed(0)
+    model, x, r = InPlace().double(), torch.randn(5, 3).double(), torch.randn(5, 3).double()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    plain = lambda p, x: (F.linear(F.linear(x, p["a.weight"], p["a.bias"]).relu(), p["b.weight"], p["b.bias"]) + 1) * 2
+    assert close(ntk.fast_interaction_matrix(model, (x,), r), ntk.interaction_matrix(plain, params, (x,), r))
+    assert close(ntk.fast_ntk_blocks(model, (x,)), ntk.ntk_blocks(plain, params, (x,)))
 
 
 def test_wrong_shapes_are_named():

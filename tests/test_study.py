@@ -57,6 +57,25 @@ def test_every_run_of_the_study_has_the_budget_of_its_baseline(study):
         assert row["settings"]["finetune_steps"] == study.FINETUNE["finetune_steps"] * (2 / 3 if short else 1)
 
 
+def test_the_thirds_of_t_make_up_the_final_error_and_begin_at_the_data(study):
+    """The loss of v is largest near the data; thirds in the other order, or of other runs, would not fit."""
+    for row in study.read_rows():
+        for view in study.VIEWS:
+            bands = row["bands"][f"seen {view}"]
+            final = study.final(row, view=view)
+            assert abs(sum(bands) / 3 - final) < 0.12 * final and bands[0] > bands[2]
+
+
+def test_the_correlation_of_made_up_runs(study):
+    def made(conflict, error):
+        return {"probe": [{}, {"conflict": conflict}], "rows": [{"domain": "target", "split": "seen", "view": "macro", "error": error}]}
+    of = {("baseline", 1): made(0.5, 1.0), ("baseline", 2): made(0.4, 2.0), ("whole", 1): made(0.0, 9.0)}
+    of |= {("tuple", 1): made(0.4, 0.8), ("tuple", 2): made(0.5, 2.4), ("sga", 1): made(0.6, 1.2)}
+    assert study.correlation(of) == pytest.approx(1) and study.relative(of, "tuple") == pytest.approx([-0.2, 0.2])
+    of["sga", 1] = made(0.6, 0.8)
+    assert study.correlation(of) < 0.9 and study.correlation(of, "sga") == pytest.approx(1)
+
+
 def test_paired_differences_are_of_equal_seeds(study):
     of = {("a", 1): 5, ("a", 2): 7, ("a", 3): 1, ("b", 2): 4, ("b", 1): 1}
     assert study.paired(of, "a", "b", lambda row: row) == [4, 3]

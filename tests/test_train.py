@@ -379,7 +379,8 @@ def test_every_arm_has_the_images_and_the_steps_of_the_baseline(arm, model):
     assert len(set(sizes)) > 1                                             # tuples of two and of three views
     assert sizes == [len(views) for views, _ in baseline.steps] and plan.images(None) == sum(sizes)
     for views, a in plan.steps:
-        assert len(views) == len(a) and a.sum() == pytest.approx(1) or arm == "tuple_max" and a.sum() < 1
+        assert len(views) == len(a)
+        assert (a == 1 / (3 * 4)).all() if arm == "tuple_max" else a.sum() == pytest.approx(1)
     if arm == "whole":
         assert all((plan.granularity[views] == 0).all() for views, _ in plan.steps)
     # a twin whose tuples change size is noticed by the same comparison
@@ -452,6 +453,29 @@ def test_the_measured_arm_follows_its_matrix_and_survives_a_stop(tmp_path):
         assert "step 11" in train.main(tiny(tmp_path / "stopped", *flags))
     assert train.main(tiny(tmp_path / "stopped", *flags, "--resume")) is None
     assert same(tmp_path / "whole/checkpoint.pt", tmp_path / "stopped/checkpoint.pt")
+
+
+@pytest.mark.parametrize("model, arm", [("dit", "min_snr"), ("unet", "min_snr"), ("unet", "sga"), ("dit", "sga"), ("unet", "baseline")])
+def test_min_snr_weighs_the_loss_of_its_arms_alone(model, arm):
+    """Eq. 20: the weight of a step over that of its plan is 1 above the threshold of each granularity, and gamma / SNR below."""
+    s = train.Settings(model=model, arm=arm, **ARMS | {"tuples": 400, "finetune_steps": 1})
+    plan = train.make_plan(s)
+    views, planned = plan.steps[0]
+    *_, t, _, a = train.draw_batch(s, train.seeded(s, 0), plan)
+    t, ratio = t.double(), (a / planned).double()
+    for g, gamma in enumerate((4, 5, 7)):
+        own = plan.granularity[views] == g
+        capped = own & ((1 - t) / t > gamma**0.5)
+        assert capped.sum() > 20 and (ratio[own & ~capped] == 1).all()
+        expected = gamma * t[capped] ** 2 / (1 - t[capped]) ** 2
+        weighs = (arm, model) != ("sga", "dit") and arm != "baseline"      # the others are the twins
+        assert torch.allclose(ratio[capped], expected if weighs else torch.ones_like(expected), rtol=1e-4)
+
+
+def test_validation_is_at_evenly_spread_noise_levels_and_knows_its_thirds(tmp_path, finished):
+    s = train.Settings(eval_images=12, pixels=8)
+    t = train.validation_set("base", "seen", "macro", s, None)[2]
+    assert t.diff().max() - t.diff().min() < 1e-6 and t[0] == pytest.approx(1 / 24) and t[-1] == pytest.approx(23 / 24)
 
 
 def test_the_method_is_tuples_and_the_scale_of_its_network():

@@ -210,7 +210,7 @@ def main(file="sga.png"):
     axes[1, 0].plot([], [], color="black", label="their mean: the one step")
     reach = 1.15 * arrows.abs().max().item()
     axes[1, 0].set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title="Eq. 18: one tuple's gradients meet in one step\n(their two widest dimensions)")
-    for axis, matrix, title in ((axes[1, 1], cosine, "the same as cosines"), (axes[1, 2], M.sign(), "signs of M, 3 views with 8 noises each\n(purple: agree, orange: conflict)")):
+    for axis, matrix, title in ((axes[1, 1], cosine, "the same as cosines"), (axes[1, 2], M.sign(), "signs of M, 3 views with 8 noises each\n(purple: agree, brown: conflict)")):
         order = torch.arange(24).view(8, 3).T.flatten() if len(matrix) == 24 else torch.arange(3)
         axis.imshow(matrix[order][:, order].numpy(), vmin=-1, vmax=1, cmap="PuOr")
         axis.set(title=title, xticks=(order.view(3, -1).shape[1] * torch.arange(3) + (len(order) - 3) / 6).tolist(),
@@ -220,7 +220,7 @@ def main(file="sga.png"):
     for a, b in itertools.product(range(3), range(3)):
         axes[1, 1].text(b, a, f"{cosine[a, b]:.2f}", ha="center", va="center", color="white" if cosine[a, b].abs() > 0.6 else "black")
     print("Eq. 18, 21: cosines of the three views' mean gradients:", cosine.numpy().round(2).tolist())
-    for axis, place in ((axes[0, 1], "lower center"), (axes[0, 2], "center right"), (axes[1, 0], "upper left")):
+    for axis, place in ((axes[0, 1], "lower center"), (axes[0, 2], (0.5, 0.7)), (axes[1, 0], "lower left")):
         axis.legend(loc=place)
     figure.savefig(file, dpi=80)
     print("drawn:", file)

@@ -62,7 +62,8 @@ def draw_probe(rows, s, file):
         for kind in rows[0]["pairs"]:
             axis.plot(steps, [row["pairs"][kind][name] for row in rows], "o", linestyle=KINDS[kind][1], markersize=4, color=KINDS[kind][0], label=kind)
         axis.set(title=title, ylim=(0, None) if name == "conflict" else None)
-        axis.legend(title="the two share their")
+        if name == "cosine":                                       # the lines are the same in both
+            axis.legend(title="the two share their")
     axes[1, 0].plot(steps, [row["cross"] / row["trace"] for row in rows], "o-", color="black", label="cross terms / trace (Eq. 13)")
     axes[1, 0].plot(steps, [row["sign_agreement"] for row in rows], "s-", color="#d55e00", label="sign agreement (Eq. 17)")
     axes[1, 0].plot(steps, [row["drift"] for row in rows], "^-", color="#cc79a7", label="drift of the kernel, seen by the targets (Eq. 16)")

@@ -199,6 +199,7 @@ def seen():
     see(lambda: [ntk.ntk_vector_product(f, params, inputs, r), ntk.ntk_blocks(f, params, inputs), ntk.ntk_trace(f, params, inputs)], N=6, D=4)
     see(lambda: [ntk.jacobian_contraction(f, params, inputs), ntk.fast_ntk_blocks(model, inputs)], N=6, D=4)
     see(lambda: ntk.interaction_matrix(f, params, inputs, r, chunk=2), chunk=2, P=44)
+    see(lambda: ntk.interaction_matrix(f, params, inputs, r), N=len(r), P=44)
     see(lambda: ntk._share(nn.Conv2d(6, 8, 2), rand(5, 6, 5, 2), rand(3, 5, 8, 4, 1)), C=3, N=5, T=4, I=24, O=8)
     see(lambda: ntk._share(nn.Embedding(9, 4), torch.ones(5, 6, dtype=torch.long), rand(3, 5, 6, 4)), C=3, N=5, T=6, I=9, O=4)
     see(lambda: ntk._share(nn.GroupNorm(3, 6), rand(5, 6, 5, 2), rand(3, 5, 6, 5, 2)), C=3, N=5, T=10, I=6, O=6)

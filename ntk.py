@@ -431,7 +431,7 @@ def main(file="ntk.png"):
     eta, taus, truth, frozen, drifts = 0.1 * 3 / values[0], [], [], [], []
     for step in range(301):                                        # gradient descent in small steps, beside the frozen kernel
         loss = (model(*few) - u[:9:3]).square().sum() / 6
-        if step % 30 == 0:
+        if step % 60 == 0:
             taus.append(step * eta.item())
             truth.append(loss.item() * 6 / r0.square().sum().item())
             frozen.append(frozen_residuals(K, r0, step * eta).square().sum().item() / r0.square().sum().item())

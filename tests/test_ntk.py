@@ -311,7 +311,7 @@ def test_the_benchmarks_competitors_give_the_same_kernel(case):
     assert close(ntk.pairwise_vector_products(flat, params, inputs), K)
 
 
-@pytest.mark.parametrize("hold", [1, 500])
+@pytest.mark.parametrize("hold", [500])
 def test_layers_in_groups_change_nothing(case, hold):
     model, _, _, inputs, *_ = case
     assert close(ntk.fast_ntk_blocks(model, inputs, hold=hold), ntk.fast_ntk_blocks(model, inputs))

@@ -50,9 +50,9 @@ def test_a_step_in_parts_is_the_same_step(tmp_path, model, steps):
 
 
 def test_a_compiled_network_trains_the_same_weights_from_a_restored_state(tmp_path, monkeypatch):
-    """The run that is not resumed is not compiled: backend "eager" computes what Python would."""
-    calls, compiled = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda network: calls.append(network) or compiled(network, backend="eager"))
+    """The compiler is a stand-in here that computes what Python would; the gpu preset's test has torch's own."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda network: calls.append(network) or (lambda *x: network(*x)))
     s = small(compile=1)
     run = trained(s, 2)
     run.save(str(tmp_path / "checkpoint.pt"))

@@ -228,6 +228,8 @@ def tables(rows):
 def fill(text, rows):
     """The text with each number between <!-- = expression --> and <!-- --> computed anew from the rows."""
     on = lambda model, base: select(rows, base, model)[0]
+    of_arm = lambda model, arm, base: [row for (name, _), row in sorted(on(model, base).items()) if name == arm]
+    mean = lambda model, arm, base, figure: numpy.mean([figure(row) for row in of_arm(model, arm, base)])
     points = lambda values: interval([100 * value for value in values], "+.1f") + " points"
     figures = {"error": lambda row: final(row), "held": lambda row: final(row, "held_out"), "joint": lambda row: final(row, name="joint"),
                "joint_held": lambda row: final(row, "held_out", "joint")} | {view: lambda row, view=view: final(row, view=view) for view in VIEWS} \
@@ -237,21 +239,20 @@ def fill(text, rows):
                     else interval(paired(on(model, base), first, second, figures[figure])),
         "relative": lambda model, first, second, base=0: interval(relative(on(model, base), first, second), "+.1%"),
         "mean": lambda model, arm, figure="error", base=0: (lambda x: f"{x:.1%}" if "joint" in figure else f"{x:.4f}")(
-                    mean_interval([figures[figure](row) for (name, _), row in on(model, base).items() if name == arm])[0]),
+                    mean(model, arm, base, figures[figure])),
         "reached": lambda model, arm, base=0: (lambda x: f"{sum(not math.isnan(y) for y in x)} of {len(x)}")(list(image_shares(on(model, base), arm).values())),
         "share": lambda model, arm, base=0: f"{numpy.nanmean(list(image_shares(on(model, base), arm).values())):.2f}",
-        "conflict": lambda model, arm, kind=None, base=0: f"{mean_interval([conflict(row, kind) for (name, _), row in on(model, base).items() if name == arm])[0]:.0%}",
-        "kinds": lambda model, arm, first, second, base=0: points([conflict(row, first) - conflict(row, second) for (name, _), row in sorted(on(model, base).items()) if name == arm]),
+        "conflict": lambda model, arm, kind=None, base=0: f"{mean(model, arm, base, lambda row: conflict(row, kind)):.0%}",
+        "kinds": lambda model, arm, first, second, base=0: points([conflict(row, first) - conflict(row, second) for row in of_arm(model, arm, base)]),
         "probe": lambda model, arm, point, figure, base=0: (lambda x: f"{x:.2f}" if figure == "cross" else f"{x:.0%}" if figure != "drift" else f"{x:.0f}")(
-                    mean_interval([row["probe"][point]["cross"] / row["probe"][point]["trace"] if figure == "cross" else row["probe"][point][figure]
-                                   for (name, _), row in on(model, base).items() if name == arm])[0]),
+                    mean(model, arm, base, lambda row: row["probe"][point]["cross"] / row["probe"][point]["trace"] if figure == "cross" else row["probe"][point][figure])),
         "correlation": lambda model, *without, base=0: f"{correlation(on(model, base), *without):+.2f}",
-        "mean_offsets": lambda model: ", ".join(f"{numpy.mean([[point['offsets'][g] for point in row['probe'][1:]] for (name, _), row in on(model, 1).items() if name == 'measured']):+.2f}" for g in range(3)),
-        "lowest_offset": lambda model: f"{min(numpy.mean([row['probe'][k]['offsets'][g] for (name, _), row in on(model, 1).items() if name == 'measured']) for k in range(7) for g in range(3)):+.2f}",
-        "third": lambda model: f"{numpy.mean([row['bands'][f'seen {view}'][0] / sum(row['bands'][f'seen {view}']) for (name, _), row in on(model, 0).items() if name == 'baseline' for view in VIEWS]):.0%}", "seeds": lambda model, arm, base=0: str(sum(name == arm for name, _ in on(model, base))), "runs": lambda base=None: str(sum(base in (None, row["base"]) for row in rows)),
+        "mean_offsets": lambda model: ", ".join(f"{mean(model, 'measured', 1, lambda row: numpy.mean([point['offsets'][g] for point in row['probe'][1:]])):+.2f}" for g in range(3)),
+        "lowest_offset": lambda model: f"{min(mean(model, 'measured', 1, lambda row: row['probe'][k]['offsets'][g]) for k in range(7) for g in range(3)):+.2f}",
+        "third": lambda model: f"{mean(model, 'baseline', 0, lambda row: numpy.mean([row['bands'][f'seen {view}'][0] / sum(row['bands'][f'seen {view}']) for view in VIEWS])):.0%}",
+        "seeds": lambda model, arm, base=0: str(len(of_arm(model, arm, base))), "runs": lambda base=None: str(sum(base in (None, row["base"]) for row in rows)),
         "minutes": lambda base: f"{sum(row['seconds'] for row in rows if row['base'] == base) / 60:.0f}", "torch_of": lambda base: ", ".join({row["torch"] for row in rows if row["base"] == base}),
         "parameters": lambda model: f"{sum(p.numel() for p in train.build(train.Settings(**next(row['settings'] for row in rows if row['model'] == model))).parameters()):,}",
-        "offsets": lambda model, point, base=1: ", ".join(f"{mean_interval([row['probe'][point]['offsets'][g] for (name, _), row in on(model, base).items() if name == 'measured'])[0]:+.2f}" for g in range(3)),
     }
     return re.sub(r"<!-- = (.+?) -->(.*?)<!-- -->", lambda match: f"<!-- = {match[1]} -->{eval(match[1], names)}<!-- -->", text)
 

@@ -1,7 +1,14 @@
-"""Flow matching: a straight path from data (t = 0) to noise (t = 1), and a network that learns its velocity.
+"""Flow matching: a straight path from data to noise, and a network that learns its velocity.
 
-Convention: x0 is data, e ~ N(0, I) is noise, t in [0, 1] has one value per sample, v = model(x_t, t, tokens).
-On this path flow matching and rectified flow are the same. Run `python flow_matching.py` for a picture.
+t = 0 is data and t = 1 is noise. x0 is an image of the data, and e ~ N(0, I) is
+noise, sampled independently of x0. x_t is the point of their path at the noise
+level t. A network answers with its velocity there, v = model(x_t, t, tokens).
+A batch has N samples of D numbers each. On straight paths, flow matching and
+rectified flow are the same method.
+
+Every function takes x0, e and x as (N, ...), and t as one number, as (N,) or as
+(N, 1). A shape that does not fit raises ValueError: nothing broadcasts silently.
+Run `python flow_matching.py` for a picture.
 """
 
 import math
@@ -11,193 +18,500 @@ import torch
 
 
 def path(x0, e, t):
-    """x_t = (1 - t) x0 + t e, where t is (N,) and x0, e are (N, ...) (Eq. 1)."""
+    """(N, ...) x_t = (1 - t) x0 + t e (Eq. 1)."""
+    _require_alike(x0, e)
+    t = _per_sample(t, x0)                              # (N,)
     t = t.view(-1, *[1] * (x0.dim() - 1))
     return (1 - t) * x0 + t * e
 
 
 def target(x0, e):
-    """u = dx_t/dt = e - x0, the same at every t of one path (Eq. 2)."""
+    """(N, ...) u = dx_t/dt = e - x0, the same at every t of one path (Eq. 2)."""
+    _require_alike(x0, e)
     return e - x0
 
 
-def loss(model, x0, tokens, t, e):
-    """(N,) |r_i|^2 / D with r_i = v_i - u_i (Eq. 3). Its mean is 2/D times L = 1/(2N) sum_i |r_i|^2; D outputs a sample.
+def residual(model, x0, e, t, tokens):
+    """(N, ...) r_i = v_i - u_i: the network's velocity minus the target (Eq. 3).
 
-    Path, target and residual have the type of x0, so float32 even if the network answers in bfloat16.
+    Path, target and residual have the type of x0: they are float32 even if the
+    network answers in bfloat16.
     """
-    r = model(path(x0, e, t), t, tokens) - target(x0, e)                   # (N, ...)
-    return (r * r).flatten(1).mean(1)                                      # (N,)
+    t = _per_sample(t, x0)                              # (N,)
+    v = model(path(x0, e, t), t, tokens)                # (N, ...)
+    _require_shape("the network's velocity", v, x0.shape)
+    return v - target(x0, e)
 
 
-def guided(model, tokens, scale):
-    """The velocity v_null + s (v_c - v_null) as a function of (x, t) (Eq. 6). s = 1 is off; the null caption is all zeros."""
+def loss(model, x0, e, t, tokens):
+    """(N,) |r_i|^2 / D (Eq. 3).
+
+    Its mean over the samples is 2/D times L = 1/(2N) sum_i |r_i|^2.
+    """
+    r = residual(model, x0, e, t, tokens)               # (N, ...)
+    return _flat(r * r).mean(1)
+
+
+# --- From noise to data ---------------------------------------------------------------------------
+
+def guided(model, tokens, scale=1.0):
+    """The velocity v_null + s (v_c - v_null) as a function of (x, t) (Eq. 6).
+
+    v_c is the network's velocity under the caption, v_null under the null caption
+    (all tokens 0). The scale s = 1 is off. Without captions, tokens is None, and
+    there is no guidance. The velocity has the type of x, so that a sampler adds
+    up its steps in float32.
+    """
+    if not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f"the guidance scale must be a finite number, not {scale}")
+    if tokens is None and scale != 1:
+        raise ValueError("without tokens there is no guidance: the scale must be 1")
+
     def velocity(x, t):
+        t = _per_sample(t, x)                           # (N,)
+        if tokens is not None and len(tokens) != len(x):
+            raise ValueError(f"there are {len(tokens)} captions for {len(x)} samples")
         if scale == 1:
-            return model(x, t, tokens)
-        v_c, v_null = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([tokens, 0 * tokens])).chunk(2)
-        return v_null + scale * (v_c - v_null)
+            v = model(x, t, tokens)                     # (N, ...)
+        else:
+            twice = torch.cat([tokens, 0 * tokens])
+            both = model(torch.cat([x, x]), torch.cat([t, t]), twice)
+            v_c, v_null = both.chunk(2)                 # (N, ...) each
+            v = v_null + scale * (v_c - v_null)         # (N, ...)
+        _require_shape("the network's velocity", v, x.shape)
+        return v.to(x.dtype)
+
     return velocity
 
 
 def euler(velocity, x, times):
-    """Integrates dx/dt = v(x, t) along `times`, e.g. from 1 (noise) to 0 (data); first order in the step (Eq. 6)."""
+    """(N, ...) the end of dx/dt = v(x, t), from x at times[0] to times[-1] (Eq. 6).
+
+    times (T,) goes from 1 to 0 for sampling. Half the step leaves half the error
+    (first order).
+    """
+    times = _times(times, x)                            # (T,)
     for t, t_next in zip(times[:-1], times[1:]):
-        x = x + (t_next - t) * velocity(x, t.expand(len(x)))
+        v = velocity(x, t.expand(len(x)))               # (N, ...)
+        _require_shape("the velocity", v, x.shape)
+        x = x + (t_next - t) * v                        # (N, ...)
     return x
 
 
 def heun(velocity, x, times):
-    """Like euler, with the mean of the velocities at both ends of a step; second order, two calls a step (Eq. 6)."""
+    """Like euler, but with the mean of the velocities at both ends of each step (Eq. 6).
+
+    Half the step leaves a quarter of the error (second order), for two calls of
+    the velocity. It also asks for the velocity at times[-1]; the exact velocity
+    has none at t = 0.
+    """
+    times = _times(times, x)                            # (T,)
     for t, t_next in zip(times[:-1], times[1:]):
-        v = velocity(x, t.expand(len(x)))
-        v_next = velocity(x + (t_next - t) * v, t_next.expand(len(x)))
-        x = x + (t_next - t) * (v + v_next) / 2
+        v = velocity(x, t.expand(len(x)))               # (N, ...)
+        _require_shape("the velocity", v, x.shape)
+        x_next = x + (t_next - t) * v                   # (N, ...)
+        v_next = velocity(x_next, t_next.expand(len(x)))  # (N, ...)
+        _require_shape("the velocity", v_next, x.shape)
+        x = x + (t_next - t) * (v + v_next) / 2         # (N, ...)
     return x
 
 
-# --- Time laws: which noise levels are trained on. Densities to draw from, not weights of the loss ---------------
-
-def uniform_time(n, generator):
-    """(n,) t ~ U(0, 1), on the generator's device."""
-    return torch.rand(n, generator=generator, device=generator.device)
-
-
-def logit_normal_time(n, generator, mean=0.0, std=1.0):
-    """(n,) t = sigmoid(z), z ~ N(mean, std^2). The median is sigmoid(mean); a positive mean favours noise."""
-    return torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=generator.device))
+@torch.no_grad()
+def sample(model, tokens, noise, steps, scale=1.0):
+    """(N, ...) an image for each caption, from noise (N, ...) by Heun's method (Eq. 6)."""
+    if not (isinstance(steps, int) and steps >= 1):
+        raise ValueError(f"sampling takes a whole number of steps from 1 on, not {steps}")
+    times = torch.linspace(1, 0, steps + 1, device=noise.device)  # (T,)
+    return heun(guided(model, tokens, scale), noise, times)
 
 
-def shift_time(t, s):
-    """t' = s t / (1 + (s - 1) t): more noise for s > 1, as larger images need; s = 1 is off. Raises ValueError for s <= 0."""
-    if s <= 0:
-        raise ValueError(f"the resolution shift must be positive, not {s}")
-    return s * t / (1 + (s - 1) * t)
+# --- Each function checks the shapes that it documents --------------------------------------------
+# Only shapes and types, never values: to look at a value, a program has to wait
+# for its GPU.
+
+def _require_shape(name, tensor, shape):
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {tuple(shape)},"
+                         f" not {tuple(tensor.shape)}")
 
 
-# --- The exact velocity of a finite population -------------------------------------------------------------------
+def _require_alike(x0, e):
+    _require_shape("e", e, x0.shape)
+    if x0.dtype != e.dtype:
+        raise ValueError(f"x0 and e must have one type, not {x0.dtype} and {e.dtype}")
+
+
+def _per_sample(t, x):
+    """(N,) a noise level for each sample of x (N, ...), in the type of x."""
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError("samples must be floating-point numbers of the shape (N, ...),"
+                         f" not {x.dtype} of the shape {tuple(x.shape)}")
+    N = len(x)
+    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    if t.dim() == 0:
+        t = t.expand(N)
+    if t.shape not in ((N,), (N, 1)):
+        raise ValueError(f"t must be one number, or one for each of the {N} samples,"
+                         f" not of the shape {tuple(t.shape)}")
+    return t.reshape(N)
+
+
+def _times(times, x):
+    """(T,) the times of a sampler, in the type of x."""
+    times = torch.as_tensor(times, dtype=x.dtype, device=x.device)
+    if times.dim() != 1 or len(times) < 2:
+        raise ValueError("a sampler goes along two times or more, given as (T,),"
+                         f" not of the shape {tuple(times.shape)}")
+    return times
+
+
+def _flat(x):
+    """(N, D) from (N, ...). Samples of one number each, (N,), become (N, 1)."""
+    return x[..., None].flatten(1)
+
+
+# --- The exact velocity of a finite population ----------------------------------------------------
 
 def posterior(x, t, points, pi=None):
-    """(N, K) w_k(x, t) = softmax_k(log pi_k - |x - (1 - t) x^k|^2 / (2 t^2)): which x0 the noisy x came from (Eq. 4).
+    """(N, S) w_k(x, t) = softmax_k(log pi_k - |x - (1 - t) x^k|^2 / (2 t^2)) (Eq. 4).
 
-    x is (N, ...), t is (N,) in (0, 1], points are (K, ...) or, one population for each x, (N, K, ...); pi is (K,) or
-    (N, K), equal if None. Raises ValueError for t outside: at t = 0 x is data already and nothing is left to infer.
+    w_k is the probability that the noisy x comes from x^k, one of the S points
+    (images) of one caption's population. It holds for noise e ~ N(0, I) that is
+    independent of x0, and for t > 0: at t = 0 x is data already, and nothing is
+    left to infer.
+
+    x is (N, ...). points are (S, ...), or (N, S, ...) with a population for each
+    x. pi is (S,) or (N, S): how often each point occurs, up to a factor. None
+    means equally often.
+    Raises ValueError for other shapes, unless 0 < t <= 1, for an empty
+    population, and for a pi that is negative, not finite or all zero.
     """
-    if (t <= 0).any() or (t > 1).any():
-        raise ValueError("the exact velocity needs 0 < t <= 1")
-    x, points = x.flatten(1), _flat(points, x)                             # (N, D), (1 or N, K, D)
-    t = t[:, None]                                                         # (N, 1)
-    # |x - (1-t) p|^2 without its |x|^2, which is the same for every k and cancels in the softmax
-    energy = (1 - t) ** 2 * (points * points).sum(2) - 2 * (1 - t) * (points @ x[..., None])[..., 0]    # (N, K)
-    log_pi = 0.0 if pi is None else pi.log()
-    return torch.softmax(log_pi - energy / (2 * t * t), 1)
+    w, _ = _exact(x, t, points, pi)
+    return w.to(x.dtype)
 
 
 def exact_velocity(x, t, points, pi=None):
-    """(N, ...) u*(x, t) = (x - sum_k w_k x^k) / t, the best possible v; shapes and errors as in posterior (Eq. 4)."""
-    w = posterior(x, t, points, pi)                                        # (N, K)
-    x0_mean = (w[:, None] @ _flat(points, x))[:, 0]                        # (N, D)
-    return ((x.flatten(1) - x0_mean) / t[:, None]).view_as(x)
+    """(N, ...) u*(x, t) = (x - sum_k w_k x^k) / t: the mean velocity at (x, t) (Eq. 4).
+
+    It is the mean over all paths through (x, t), and sum_k w_k x^k = E[x0 | x_t]
+    is that of their ends. No function v(x_t, t, c) of point, time and caption has
+    a smaller expected loss. u* belongs to the population of one caption c: images
+    with different captions, such as the views of one root, never share one u*.
+
+    Near t = 1 the weights w_k are those of pi, whatever x is. So u* is nearly
+    (x - mean image) / t, and samples head for the mean image. Structure appears
+    once the weights depend on x.
+
+    Shapes and errors are those of posterior.
+    """
+    _, u_star = _exact(x, t, points, pi)
+    return u_star.to(x.dtype).view(x.shape)
 
 
-def _flat(points, x):
-    """Points (K, ...) or (N, K, ...) as (1 or N, K, D)."""
-    return points.flatten(1)[None] if points.dim() == x.dim() else points.flatten(2)
+def _exact(x, t, points, pi):
+    """w (N, S) and u* (N, D) in float64: the checks, then Eq. 4 for a few samples at a time."""
+    t = _per_sample(t, x)                               # (N,)
+    if not ((t > 0) & (t <= 1)).all():
+        raise ValueError("the exact velocity needs 0 < t <= 1")
+    points = _population(points, x)                     # (1 or N, S, D)
+    N, (_, S, D) = len(x), points.shape
+    log_pi = _weights(pi, x, S).log()                   # (1 or N, S)
+    # The energies of close points differ by little, and are large where t is
+    # small. Float32 has too few digits for such a difference.
+    if len(points) == 1:
+        # At once, since otherwise it would be done anew for every sample.
+        points = points.double()
+    x, t = _flat(x).double(), t.double()[:, None]       # (N, D), (N, 1)
+    points, log_pi = points.expand(N, S, D), log_pi.expand(N, S)
+    # So many samples at a time that their (n, S, D) differences stay in a
+    # processor's cache.
+    few = max(1, 2**17 // (S * D))
+    split = [z.split(few) for z in (x, t, points, log_pi)]
+    solved = [_posterior_and_velocity(*some) for some in zip(*split)]
+    w, u_star = zip(*solved)
+    return torch.cat(w), torch.cat(u_star)
+
+
+def _posterior_and_velocity(x, t, points, log_pi):
+    """w (N, S) and u* (N, D), for x (N, D), t (N, 1), points (N, S, D), log pi (N, S) (Eq. 4)."""
+    points = points.double()
+    gap = x[:, None] - (1 - t[..., None]) * points      # (N, S, D)
+    energy = gap.square().sum(2) / (2 * t * t)          # (N, S)
+    w = torch.softmax(log_pi - energy, 1)               # (N, S)
+    x0_mean = (w[:, None] @ points)[:, 0]               # (N, D)
+    u_star = (x - x0_mean) / t                          # (N, D)
+    return w, u_star
+
+
+def _population(points, x):
+    """(1 or N, S, D) the points of the samples x, given as (S, ...) or (N, S, ...)."""
+    one_for_all = points.dim() == x.dim()
+    own = points.dim() == x.dim() + 1 and len(points) == len(x)
+    of_a_point = points.shape[1:] if one_for_all else points.shape[2:]
+    if not (one_for_all or own) or of_a_point != x.shape[1:]:
+        raise ValueError("points must be (S, ...) or (N, S, ...) for samples (N, ...),"
+                         f" not {tuple(points.shape)} for {tuple(x.shape)}")
+    if one_for_all:
+        points = points[None]
+    if points.shape[1] == 0:
+        raise ValueError("a population has 1 point or more, not 0")
+    return points[..., None].flatten(2)
+
+
+def _weights(pi, x, S):
+    """(1 or N, S) the weights of S points in float64; all are 1 if pi is None."""
+    if pi is None:
+        return torch.ones(1, S, dtype=torch.float64, device=x.device)
+    pi = torch.as_tensor(pi, dtype=torch.float64, device=x.device)
+    if pi.shape not in ((S,), (len(x), S)):
+        raise ValueError(f"pi must have the shape ({S},) or ({len(x)}, {S}),"
+                         f" not {tuple(pi.shape)}")
+    allowed = (pi >= 0) & pi.isfinite()
+    if not allowed.all() or not (pi > 0).any(-1).all():
+        raise ValueError("the weights pi must be finite and not negative,"
+                         " and not all of them zero")
+    return pi.view(-1, S)
 
 
 def loss_floor(x0, e, t, points, pi=None):
-    """(N,) |u - u*|^2 / D: the part of the loss that no network can remove (Eq. 5).
+    """(N,) |u - u*|^2 / D, whose expectation no network can remove from its loss (Eq. 5).
 
-    E|v - u|^2 = E|v - u*|^2 + E|u - u*|^2. Many (x0, e) share one x_t, and v can only learn their mean velocity u*.
+    E|v - u|^2 = E|v - u*|^2 + E|u - u*|^2 for any v that is a function of
+    (x_t, t, c) alone, if x0 is distributed as the population, e is independent of
+    it, and t > 0. The expectation is over the whole population: on a finite batch
+    this holds only nearly.
+
+    Many pairs (x0, e) share one x_t, and v can learn no more than their mean
+    velocity u*.
     """
-    gap = target(x0, e) - exact_velocity(path(x0, e, t), t, points, pi)    # (N, ...)
-    return (gap * gap).flatten(1).mean(1)
+    u_star = exact_velocity(path(x0, e, t), t, points, pi)  # (N, ...)
+    gap = target(x0, e) - u_star                        # (N, ...)
+    return _flat(gap * gap).mean(1)
 
 
 def group_velocities(x, t, points, groups, pi=None):
-    """omega (N, G) and u_g (N, G, ...): each group's posterior share and its own exact velocity (Eq. 7).
+    """omega (N, G) and u_g (N, G, ...): each group's share and its own exact velocity (Eq. 7).
 
-    groups is (K,) long with values 0..G-1, each used: any partition of the population. sum_g omega_g u_g is u*.
+    groups (S,) gives each point of one caption's population a number from 0 to
+    G-1, and uses each of these. Any partition will do. omega_g is the sum of w_k
+    over the points of the group, u_g is the exact velocity of the group alone,
+    and sum_g omega_g u_g = u*.
     """
-    present = torch.unique(groups)
-    if len(groups) != points.shape[points.dim() - x.dim()] or not torch.equal(present, torch.arange(len(present), device=groups.device)):
-        raise ValueError("groups must give every point one of 0..G-1, and each of these at least once")
-    w, member = posterior(x, t, points, pi), groups == present[:, None]    # (N, K), (G, K)
-    omega = w @ member.T.to(w.dtype)                                       # (N, G)
-    pi = torch.full_like(w, 1 / w.shape[1]) if pi is None else pi.expand_as(w)
-    u_g = [exact_velocity(x, t, points, pi * inside) for inside in member]     # a group alone: the others have weight 0
-    return omega, torch.stack(u_g, 1)
+    w, _ = _exact(x, t, points, pi)                     # (N, S), (N, D)
+    S = w.shape[1]
+    groups = torch.as_tensor(groups, device=x.device)
+    present = torch.unique(groups)                      # (G,)
+    if groups.shape != (S,) or present.tolist() != list(range(len(present))):
+        raise ValueError("groups must give every point one of 0..G-1,"
+                         " and each of these at least once")
+    member = (groups == present[:, None]).double()      # (G, S)
+    omega = w @ member.T                                # (N, G)
+    pi = _weights(pi, x, S).expand(len(x), S)
+    # A group alone is the population in which all the other points have the
+    # weight 0.
+    u_g = [exact_velocity(x, t, points, pi * inside) for inside in member]
+    return omega.to(x.dtype), torch.stack(u_g, 1)
 
 
 def data_interaction_matrix(v, u_g):
     """(N, G, G) Omega_gh = <v - u_g, v - u_h>, for v (N, ...) and u_g (N, G, ...) (Eq. 8).
 
-    |v - u*|^2 = omega^T Omega omega for any partition: the diagonal is each group learning alone, the off-diagonal is the
-    residual correlation between groups. Averaging the groups' own errors instead gives sum_g omega_g |v - u_g|^2
-    = |v - u*|^2 + sum_g omega_g |u_g - u*|^2, whose last term has no v in it (Eq. 9).
+    |v - u*|^2 = omega^T Omega omega for any partition into groups, a random one
+    too. The diagonal of Omega is each group learning alone. Its off-diagonal is
+    how the residuals of two groups correlate.
+
+    If each group learned alone, the loss would be sum_g omega_g |v - u_g|^2. This
+    is |v - u*|^2 + sum_g omega_g |u_g - u*|^2 (Eq. 9), and its last term has no
+    network in it. So both losses have the same gradient: the cross terms of Omega
+    are an expansion of the loss, and no separate lever on its expectation.
+
+    The groups are groups of one caption's population. The views of one root have
+    different captions and share no u*, so Omega says nothing between them. They
+    interact through the parameters alone, which is the interaction matrix M of
+    ntk.py.
     """
-    D_g = (v[:, None] - u_g).flatten(2)                                    # (N, G, D)
-    return D_g @ D_g.mT                                                    # (N, G, G)
+    of_a_group = u_g.shape[:1] + u_g.shape[2:]
+    if u_g.dim() != v.dim() + 1 or of_a_group != v.shape:
+        raise ValueError(f"u_g must be (N, G, ...) for v (N, ...), not {tuple(u_g.shape)}"
+                         f" for {tuple(v.shape)}")
+    delta = v[:, None] - u_g                            # (N, G, ...)
+    delta = delta[..., None].flatten(2)                 # (N, G, D)
+    return delta @ delta.mT                             # (N, G, G)
+
+
+# --- The demo: two points in one dimension, where a path is a line over t -------------------------
+
+BLUE, ORANGE, RED = "#0072b2", "#e69f00", "#d55e00"
+
+
+def two_points():
+    """(2, 1) the whole population of the demo."""
+    return torch.tensor([[-1.0], [1.0]])
+
+
+def measure_crossing():
+    """Two paths that meet at x = 0.3, t = 0.6: their velocities there, and the mean of these."""
+    points = two_points()
+    t = 0.6
+    x = torch.tensor([[0.3]])
+    w = posterior(x, t, points)                         # (1, 2)
+    # One path from each point leads through x. Its noise follows from Eq. 1.
+    e = (x - (1 - t) * points) / t                      # (2, 1)
+    return {"x": x.item(),
+            "t": t,
+            "e": e[:, 0].tolist(),
+            "posterior": w[0].tolist(),
+            "velocities": target(points, e)[:, 0].tolist(),
+            "mean": exact_velocity(x, t, points).item()}
+
+
+def measure_floor(n=20000):
+    """The loss of a network that is wrong by 0.3 everywhere, and its floor, at 50 noise levels."""
+    generator = torch.Generator().manual_seed(0)
+    points = two_points()
+    x0 = points[torch.randint(2, (n,), generator=generator)]  # (n, 1)
+    e = torch.randn(n, 1, generator=generator)          # (n, 1)
+
+    def network(x, t, tokens):
+        return exact_velocity(x, t, points) + 0.3
+
+    levels = torch.linspace(0.02, 1, 50)
+    floors = [loss_floor(x0, e, t, points).mean().item() for t in levels]
+    losses = [loss(network, x0, e, t, None).mean().item() for t in levels]
+    return {"t": levels.tolist(), "floor": floors, "loss": losses}
+
+
+def measure_samples():
+    """Eleven noises on their way from t = 1 to the data, along the exact velocity."""
+    points = two_points()
+
+    def velocity(x, t):
+        return exact_velocity(x, t, points)
+
+    times = torch.linspace(1, 0, 201)
+    x = torch.linspace(-2, 2, 11)[:, None] + 0.02       # (11, 1)
+    positions = [x]
+    for this_and_next in times.unfold(0, 2, 1):         # (2,)
+        x = euler(velocity, x, this_and_next)           # (11, 1)
+        positions.append(x)
+    ways = torch.cat(positions, 1)                      # (11, 201)
+    distance = (ways[:, -1].abs() - 1).abs().max()
+    return {"t": times.tolist(), "ways": ways.tolist(), "distance": distance.item()}
+
+
+def measure_groups():
+    """A velocity v, two groups of a population, and the quadratic form of v (Eq. 7-9)."""
+    left = torch.tensor([[-1.0, 0.6], [-0.6, -0.4]], dtype=torch.float64)
+    right = torch.tensor([[0.8, 0.9], [1.0, -0.2], [0.5, 0.2]], dtype=torch.float64)
+    points = torch.cat([left, right])                   # (5, 2)
+    groups = torch.tensor([0, 0, 1, 1, 1])
+    x = torch.tensor([[0.2, -0.1]], dtype=torch.float64)
+    t = 0.6
+    omega, u_g = group_velocities(x, t, points, groups)  # (1, 2), (1, 2, 2)
+    u_star = exact_velocity(x, t, points)               # (1, 2)
+    v = u_star + torch.tensor([[1.0, -0.9]])            # (1, 2)
+    Omega = data_interaction_matrix(v, u_g)[0]          # (2, 2)
+    terms = omega.T * Omega * omega                     # (2, 2)
+    gap = (v - u_star).square().sum()
+    spread = (u_g - u_star[:, None]).square().sum(2)    # (1, 2)
+    alone = (omega[0] * Omega.diagonal()).sum()
+    return {"v": v[0].tolist(),
+            "u_star": u_star[0].tolist(),
+            "u_g": u_g[0].tolist(),
+            "terms": terms.tolist(),
+            "gap": gap.item(),
+            "alone": alone.item(),
+            "spread": (omega * spread).sum().item()}
+
+
+def paint_crossing(axis, crossing):
+    """Eq. 1, 2, 4: paths over t, and the velocities at a point where two of them cross."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(12, generator=generator).tolist()
+    for point, colour in ((-1, BLUE), (1, ORANGE)):
+        for e in noise:
+            axis.plot((0, 1), (point, e), color=colour, alpha=0.35, linewidth=1)
+    x, t = crossing["x"], crossing["t"]
+    for point, e, colour in zip((-1, 1), crossing["e"], (BLUE, ORANGE)):
+        axis.plot((0, 1), (point, e), color=colour, linewidth=3)
+    arrow = {"color": "black", "width": 3, "headwidth": 11}
+    axis.annotate("", (t + 0.35, x + 0.35 * crossing["mean"]), (t, x), arrowprops=arrow)
+    axis.plot(t, x, "o", color="black", markersize=9)
+    low, high = crossing["velocities"]
+    axis.text(0.8, 1.15, f"u = {low:+.2f}", color=BLUE, ha="right")
+    axis.text(0.8, -0.9, f"u = {high:+.2f}", color="#b07800", ha="right")
+    axis.set(title="Where paths cross, only their mean\nvelocity (black) can be learned")
+    axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="x", ylim=(-2.6, 2.6))
+
+
+def paint_samples(axis, samples):
+    """Eq. 6: what follows the mean velocity."""
+    for way in samples["ways"]:
+        axis.plot(samples["t"], way, color="black", linewidth=1.5)
+    axis.plot((0, 0), (-1, 1), "o", color=RED, markersize=10, clip_on=False)
+    axis.set(title="Samples follow the mean velocity:\nthey bend, and never cross")
+    axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="x", ylim=(-2.6, 2.6))
+
+
+def paint_floor(axis, floor):
+    """Eq. 5: the loss over t."""
+    t = floor["t"]
+    axis.plot(t, floor["loss"], color=ORANGE, linewidth=3, label="loss of v = u* + 0.3")
+    axis.plot(t, floor["floor"], color=BLUE, linewidth=3, label="floor: loss of u*")
+    axis.set(title="The loss has a floor, whatever the network:\nonly 0.3² above it can be mended")
+    axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="loss per output", ylim=(0, None))
+    axis.legend(loc="lower right")
+
+
+def paint_groups(axis, form):
+    """Eq. 8: the triangle of v and the groups' velocities, and the four terms of its error."""
+    axis.plot(*zip(*form["u_g"]), ":", color="grey", linewidth=2)
+    names, colours = ("u₁", "u₂", "u*"), (BLUE, ORANGE, "black")
+    for name, (x, y), colour in zip(names, (*form["u_g"], form["u_star"]), colours):
+        arrow = {"color": colour, "width": 2, "headwidth": 9}
+        axis.annotate("", form["v"], (x, y), arrowprops=arrow)
+        axis.plot(x, y, "o", color=colour, markersize=10)
+        axis.annotate(name, (x, y), (-6, 10), textcoords="offset points", color=colour)
+    axis.plot(*form["v"], "s", color=RED, markersize=11)
+    axis.annotate("v", form["v"], (10, -6), textcoords="offset points", color=RED)
+    (a, b), (_, c) = form["terms"]
+    sums = (f"|v − u*|² = {form['gap']:.2f}\n= {a:.2f} + {c:.2f} (alone)\n"
+            f"   − {-2 * b:.2f} (cross terms)")
+    axis.text(0.03, 0.04, sums, transform=axis.transAxes, va="bottom")
+    axis.set(title="The error of v: each group alone,\nand cross terms between the groups")
+    axis.set(xlabel="velocity, first output", ylabel="second output")
+    axis.set(xlim=(-1.6, 2.2), ylim=(-2, 0.3))
 
 
 def main(file="flow_matching.png"):
-    import matplotlib.pyplot as plt
-    generator = torch.Generator().manual_seed(0)
-    angle = 2 * math.pi * torch.arange(5) / 5
-    points = 1.5 * torch.stack([angle.sin(), angle.cos()], 1)              # (5, 2)  the whole population
-    n = 4000
-    x0 = points[torch.randint(5, (n,), generator=generator)]               # (n, 2)
-    e = torch.randn(n, 2, generator=generator)                             # (n, 2)
-    figure, (a, b, c, d) = plt.subplots(1, 4, figsize=(20, 5.6), layout="constrained")
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    print("Eq. 1, 2: every pair (x0, e) has a straight path, along which the velocity e - x0 is constant")
-    a.plot(*torch.stack([x0[:60], e[:60]]).permute(2, 0, 1).numpy(), color="#0072b2", linewidth=0.7)
-    a.scatter(*e[:60].T.numpy(), s=12, color="grey", label="noise, t = 1", zorder=2)
-    a.set_title("Eq. 1-2: straight paths (t is not shown)")
-
-    t = torch.tensor(0.5)
-    axis = torch.linspace(-2.4, 2.4, 17)
-    x = torch.cartesian_prod(axis, axis)                                   # (289, 2)
-    u = exact_velocity(x, t.expand(len(x)), points)                        # (289, 2)
-    print("Eq. 4: where paths cross only their mean velocity can be learned: the posterior at x = 0, t = 0.5 is",
-          [round(w, 2) for w in posterior(torch.zeros(1, 2), t[None], points)[0].tolist()])
-    b.quiver(*x.T.numpy(), *-u.T.numpy(), color="#0072b2")
-    b.set_title("Eq. 4: the exact velocity at t = 0.5\n(arrows: towards the data, -u*)")
-
-    start = torch.randn(60, 2, generator=generator)
-    line = [start]
-    for two_times in torch.linspace(1, 0, 201).unfold(0, 2, 1):            # (2,)  this t and the next, 200 times
-        line.append(euler(lambda x, t: exact_velocity(x, t, points), line[-1], two_times))
-    ways = torch.stack(line)                                               # (201, 60, 2)
-    c.plot(*ways.permute(2, 0, 1).numpy(), color="#0072b2", linewidth=0.7)
-    c.scatter(*start.T.numpy(), s=12, color="grey", label="noise, t = 1", zorder=2)
-    c.set_title("Eq. 6: samples follow u* from t = 1 to 0;\nno two are at one x at one t")
-    print(f"Eq. 6: after 200 Euler steps the largest distance from the nearest data point is {torch.cdist(ways[-1], points).min(1).values.max():.1e}")
-
-    grid = torch.linspace(0.02, 1, 50)
-    floor = [loss_floor(x0, e, t.expand(n), points).mean() for t in grid]
-    v = lambda x, t: exact_velocity(x, t, points) + 0.3                    # a network that is wrong by 0.3 everywhere
-    total = [((v(path(x0, e, t.expand(n)), t.expand(n)) - target(x0, e)) ** 2).mean() for t in grid]
-    d.plot(grid.numpy(), torch.stack(total).numpy(), color="#e69f00", label="loss of a v that is u* + 0.3")
-    d.plot(grid.numpy(), torch.stack(floor).numpy(), color="#0072b2", label="its floor, E|u - u*|² / D")
-    d.set(xlabel="t (0 is data, 1 is noise)", ylabel="loss per output", ylim=(0, None))
-    d.set_title("Eq. 5: the loss has a floor;\nabove it is |v - u*|²/D = 0.09")
-    d.legend(loc="lower right")
-    print(f"Eq. 5: mean over t of the floor {torch.stack(floor).mean():.3f}, of the loss {torch.stack(total).mean():.3f};",
-          "their difference is near 0.3^2")
-
-    groups = torch.tensor([0, 0, 1, 1, 1])
-    x, t = e[:6].double(), torch.full((6,), 0.7, dtype=torch.float64)
-    omega, u_g = group_velocities(x, t, points.double(), groups)
-    v = torch.zeros_like(x)
-    form = torch.einsum("ng,ngh,nh->n", omega, data_interaction_matrix(v, u_g), omega)
-    error = (v - exact_velocity(x, t, points.double())).square().sum(1)
-    print(f"Eq. 7, 8: |v - u*|^2 = omega^T Omega omega, largest difference {(form - error).abs().max():.1e}")
-    for panel in (a, b, c):
-        panel.scatter(*points.T.numpy(), s=60, color="#d55e00", label="data, t = 0", zorder=3)
-        panel.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal", xlabel="x₁", ylabel="x₂")
-        panel.legend(loc="lower right")
-    figure.savefig(file, dpi=90)
+    crossing, floor = measure_crossing(), measure_floor()
+    samples, form = measure_samples(), measure_groups()
+    first, second = crossing["velocities"]
+    print(f"Eq. 1, 2: two paths meet at x = {crossing['x']:g}, t = {crossing['t']:g},"
+          f" with the velocities {first:+.2f} and {second:+.2f}")
+    first, second = crossing["posterior"]
+    print(f"Eq. 4: x came from -1 or 1 with the probabilities {first:.2f} and {second:.2f},"
+          f" so that the exact velocity is {crossing['mean']:+.2f}")
+    above = torch.tensor(floor["loss"]) - torch.tensor(floor["floor"])
+    print(f"Eq. 5: the loss of v = u* + 0.3 is {above.mean():.3f} above its floor (mean over"
+          " t); on a finite batch this is only nearly 0.3^2")
+    print("Eq. 6: the last of 200 Euler steps ends on the data, with the largest distance"
+          f" {samples['distance']:.0e}")
+    (a, b), (_, c) = form["terms"]
+    print(f"Eq. 8: |v - u*|^2 = {form['gap']:.4f} = {a:.4f} {b:+.4f} {b:+.4f} {c:+.4f}")
+    print(f"Eq. 9: the groups alone have {form['alone']:.4f} = {form['gap']:.4f}"
+          f" + {form['spread']:.4f}; v is not in the last term")
+    with matplotlib.rc_context({"font.size": 14, "axes.titlesize": 15}):
+        figure = Figure(figsize=(12, 10), layout="constrained")
+        axes = figure.subplots(2, 2)
+        paint_crossing(axes[0, 0], crossing)
+        paint_samples(axes[0, 1], samples)
+        paint_floor(axes[1, 0], floor)
+        paint_groups(axes[1, 1], form)
+        figure.savefig(file, dpi=80)
     print("drawn:", file)
 
 

@@ -1,228 +1,599 @@
-"""Semantic Granularity Alignment (SGA): views of one image at three granularities, grouped in one update, each with its noise levels and weights.
+"""Semantic Granularity Alignment (SGA): fine-tuning on views of an image at three granularities.
 
-Each intervention is a function of its own. A loss weight a_i turns the interaction M_ij of two samples into a_i a_j M_ij (Eq. 21), so all
-that SGA can change is which views meet in one step (tuples), at which noise levels (offsets), with which weights (Min-SNR).
-t = 0 is data, t = 1 is noise; a granularity is an index into GRANULARITIES. Run `python sga.py` for a picture.
+A root is one image of a scene. Its views are the whole scene (macro), its object
+(meso) and a close-up of the object's texture (micro). SGA lets the views of one
+root meet in one step, and gives each granularity its own noise levels or its own
+weights. Here each of these interventions is a function of its own, and
+one_sga_step is the whole method.
+
+What can it change? A weight a_i in the loss multiplies the gradient of sample i.
+The weighted loss of a step then falls at sum_ij a_i a_j M_ij, where M is the
+interaction matrix of ntk.py. A sample's own loss falls at sum_j a_j M_ij, and so
+does the plain mean that an evaluation sees: one factor a, not two (Eq. 21). SGA
+therefore acts in three ways only: which views meet in a step (tuples), at which
+noise levels (offsets), and with which weights.
+
+t = 0 is data, t = 1 is noise. A granularity is an index into GRANULARITIES. There
+are V views in all, and n of them in a step. Run `python sga.py` for a picture.
 """
 
 import contextlib
-import itertools
+import math
 import sys
+import textwrap
+from typing import NamedTuple
 
 import torch
 from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import resized_crop
 
 GRANULARITIES = ("macro", "meso", "micro")
-OFFSETS = (0.5, 0.0, -0.5)                                         # mu of each granularity (Eq. 19)
-GAMMAS = (4.0, 5.0, 7.0)                                           # gamma of each granularity (Eq. 20)
+OFFSETS = (0.5, 0.0, -0.5)                              # mu of Eq. 19
+GAMMAS = (4.0, 5.0, 7.0)                                # gamma of Eq. 20
 
-# --- Views: Algorithm 1 ------------------------------------------------------------------------------------------
+
+def one_sga_step(model, optimizer, loss, x0, tokens, granularity, tuples, generator):
+    """One update by root tuples and time offsets: the whole method, in the form for a DiT.
+
+    x0 (V, ...), tokens (V, L) and granularity (V,) describe all views. tuples are
+    a few of those of root_tuples. loss(model, x0, e, t, tokens) is (n,), such as
+    flow_matching.loss. Returns the weighted loss.
+
+    In the form for a U-Net, offset_time gets the offsets (0, 0, 0), and a is
+    multiplied by min_snr_weight(t, granularity[views]).
+    """
+    if not len(x0) == len(tokens) == len(granularity):
+        raise ValueError(f"there are {len(x0)} views, {len(tokens)} captions"
+                         f" and {len(granularity)} granularities")
+
+    def losses(*batch):
+        return loss(model, *batch)
+
+    views = torch.cat(tuples)                           # (n,)
+    a = tuple_weights([len(one) for one in tuples]).to(x0.device)  # (n,)
+    t = offset_time(granularity[views], generator)      # (n,)
+    e = torch.randn(x0[views].shape, generator=generator, device=x0.device)
+    batch = (x0[views], e, t, tokens[views])
+    optimizer.zero_grad()
+    total = deferred_backward(losses, [(batch, a)])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return total
+
+
+# --- Views: Algorithm 1 ---------------------------------------------------------------------------
 
 def decompose(image, boxes, caption, pixels, largest_iou=0.8, smallest=8, enlargement=4.0):
-    """The views [(granularity, (3, pixels, pixels), caption)] of one root image (3, H, W): 1 to 3, the root itself first, as macro.
+    """The views [(granularity, (3, pixels, pixels), caption)] of one root image (3, H, W).
 
-    boxes is {"meso": (x0, y0, x1, y1), "micro": ...} in pixels of the image, from a detector. A box is dropped if its IoU with a view
-    that is kept is above largest_iou, if a side has fewer than `smallest` pixels, or if it would be enlarged by more than `enlargement`.
-    Raises ValueError for an unknown granularity or a box that is empty or reaches outside the image.
+    boxes is {"meso": (x0, y0, x1, y1), "micro": ...} in pixels of the image, from
+    a detector. The root itself comes first, as the macro view. A box is dropped
+    if its IoU with a view that is kept is above largest_iou (IoU is the area of
+    the overlap over that of the union), if one of its sides has fewer than
+    `smallest` pixels, or if it would be enlarged by more than `enlargement`.
+    Raises ValueError for an image of another shape, an unknown granularity, and a
+    box that is empty or reaches outside the image.
     """
     if image.dim() != 3:
         raise ValueError(f"an image has the shape (3, H, W), not {tuple(image.shape)}")
+    if pixels < 1:
+        raise ValueError(f"a view has 1 pixel or more a side, not {pixels}")
     H, W = image.shape[1:]
-    for name, (x0, y0, x1, y1) in boxes.items():
-        if name not in GRANULARITIES[1:]:
-            raise ValueError(f"a box must be of {' or '.join(GRANULARITIES[1:])} (the root is the macro view), not of {name!r}")
-        if not (0 <= x0 < x1 <= W and 0 <= y0 < y1 <= H):
-            raise ValueError(f"the {name} box {(x0, y0, x1, y1)} is empty or reaches outside the image of {W} x {H} pixels")
+    for name, box in boxes.items():
+        _check_box(name, box, H, W)
     kept = {"macro": torch.tensor([0.0, 0.0, W, H])}
     for name in GRANULARITIES[1:]:
         if name in boxes:
-            box = torch.tensor(boxes[name]).float().round()        # whole pixels
+            box = torch.as_tensor(boxes[name]).float().round()  # (4,)
             side = (box[2:] - box[:2]).min().item()
-            overlap = box_iou(box[None], torch.stack(list(kept.values()))).max().item()
-            if side >= smallest and pixels <= enlargement * side and overlap <= largest_iou:
+            others = torch.stack(list(kept.values()))
+            overlap = box_iou(box[None], others).max().item()
+            large_enough = side >= smallest and pixels <= enlargement * side
+            if large_enough and overlap <= largest_iou:
                 kept[name] = box
     views = []
     for name, box in kept.items():
         left, top, right, bottom = box.int().tolist()
-        view = resized_crop(image, top, left, bottom - top, right - left, [pixels, pixels], antialias=True)
+        size = [pixels, pixels]
+        view = resized_crop(image, top, left, bottom - top, right - left, size, antialias=True)
         views.append((GRANULARITIES.index(name), view, f"{name} {caption}"))
     return views
 
 
-# --- Root tuples: Algorithm 2 ------------------------------------------------------------------------------------
+def _check_box(name, box, H, W):
+    if name not in GRANULARITIES[1:]:
+        raise ValueError(f"a box must be of {' or '.join(GRANULARITIES[1:])}"
+                         f" (the root is the macro view), not of {name!r}")
+    if len(box) != 4:
+        raise ValueError(f"the {name} box must be (x0, y0, x1, y1), not {tuple(box)}")
+    x0, y0, x1, y1 = box
+    if not (0 <= x0 < x1 <= W and 0 <= y0 < y1 <= H):
+        raise ValueError(f"the {name} box {tuple(box)} is empty or reaches outside the image"
+                         f" of {W} x {H} pixels")
 
-def root_tuples(root, generator, trade=None):
-    """Endless tuples, (K_g,) indices of views: all views of one root, the roots in a new order every epoch, no tuple ever broken (Eq. 18).
 
-    root is (V,), the root of each view. The controls: with labels trade (V,), views of the same label change places at random, anew in
-    every epoch: the granularities as labels leave each tuple its granularities but not its root, equal labels leave only its size.
-    Trades have a generator of their own, so that with and without them the tuples' sizes follow each other in the same order.
+# --- Root tuples: Algorithm 2 ---------------------------------------------------------------------
+
+def root_tuples(root, generator):
+    """[(K_g,)] the tuples of one epoch: all views of a root, the roots in random order (Eq. 18).
+
+    root (V,) gives each view the number of its root. No tuple is ever broken, and
+    every epoch has tuples of its own. The list is what a DataLoader takes as its
+    batch_sampler:
+        loader = DataLoader(views, batch_sampler=root_tuples(root, generator))
+    root and the generator are on the CPU. Raises ValueError if there is no view.
     """
-    roots, views, trader = torch.unique(root), torch.arange(len(root)), torch.Generator().manual_seed(generator.initial_seed() + 1)
-    while True:
-        place = views.clone()                                      # (V,) which view stands in each view's place
-        for label in [] if trade is None else torch.unique(trade):
-            equal = views[trade == label]
-            place[equal] = equal[torch.randperm(len(equal), generator=trader)]
-        for g in roots[torch.randperm(len(roots), generator=generator)]:
-            yield place[root == g]
+    root = _labels(root, "root")                        # (V,)
+    roots = torch.unique(root)
+    order = torch.randperm(len(roots), generator=generator)
+    return [torch.nonzero(root == one)[:, 0] for one in roots[order]]
+
+
+def traded(tuples, labels, generator):
+    """[(K_g,)] the controls: the tuples of an epoch, in which views have traded places.
+
+    Only views of equal label (V,) trade. With granularities as labels a tuple
+    keeps its granularities, but not its root. If all labels are equal it keeps
+    nothing but its size.
+    """
+    labels = _labels(labels, "labels")                  # (V,)
+    used = set(torch.cat(tuples).tolist()) if tuples else set()
+    if not used <= set(range(len(labels))):
+        raise ValueError(f"there are labels for the views 0 to {len(labels) - 1}, but the tuples"
+                         f" have views from {min(used)} to {max(used)}")
+    place = torch.arange(len(labels))                   # (V,) who stands where
+    for label in torch.unique(labels):
+        equal = torch.nonzero(labels == label)[:, 0]
+        order = torch.randperm(len(equal), generator=generator)
+        place[equal] = equal[order]
+    return [place[one] for one in tuples]
+
+
+def _labels(labels, name):
+    labels = torch.as_tensor(labels)
+    if labels.dim() != 1 or len(labels) == 0 or labels.is_floating_point():
+        raise ValueError(f"{name} must be whole numbers (V,), one for each view and at least one,"
+                         f" not {labels.dtype} of the shape {tuple(labels.shape)}")
+    return labels
 
 
 def tuple_weights(sizes, scaling="root", k_max=3):
-    """(n,) float64: the weight of each view in the loss of a step, for G tuples of the given sizes, n views in all (Eq. 18).
+    """(n,) float64: the weight of each view of a step in its loss (Eq. 18).
 
-    "root": 1 / (G K_g), every root weighs the same (the paper); "view": 1 / (G K_max), every view does (the authors' code).
-    In the geometry a weight a_i turns M_ij into a_i a_j M_ij (Eq. 21). Raises ValueError for another scaling or a larger tuple.
+    sizes are the K_g of the step's G tuples. With "root" the weight is
+    1 / (G K_g), so that every root weighs the same (the paper). With "view" it is
+    1 / (G K_max), so that every view does (the authors' code). The two differ
+    where K_g varies.
+    Raises ValueError for another scaling, for no tuple, and unless a tuple has 1
+    to k_max views.
     """
-    if scaling not in ("root", "view") or max(sizes) > k_max:
-        raise ValueError(f'the scaling must be "root" or "view" and a tuple at most {k_max} views, not {scaling!r} and {max(sizes)}')
-    each = [1 / (len(sizes) * (k if scaling == "root" else k_max)) for k in sizes]
-    return torch.tensor(each, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
+    if scaling not in ("root", "view"):
+        raise ValueError(f'the scaling must be "root" or "view", not {scaling!r}')
+    sizes = torch.as_tensor(sizes)                      # (G,)
+    if sizes.dim() != 1 or len(sizes) == 0 or sizes.is_floating_point():
+        raise ValueError(f"sizes must be those of 1 tuple or more, not {sizes.tolist()}")
+    if sizes.min() < 1 or sizes.max() > k_max:
+        raise ValueError(f"a tuple has 1 to {k_max} views, not {sizes.tolist()}")
+    G = len(sizes)
+    shared_by = sizes if scaling == "root" else torch.full_like(sizes, k_max)  # (G,)
+    each = 1 / (G * shared_by).double()                 # (G,)
+    return each.repeat_interleave(sizes)
 
 
 def deferred_backward(losses, sub_batches, quiet=contextlib.nullcontext):
-    """Adds the gradient of sum_i a_i l_i over all sub-batches, one backward pass each, and takes no step; returns the sum (Eq. 18).
+    """Adds the gradient of sum_i a_i l_i over all sub-batches, and returns the sum (Eq. 18).
 
-    losses(*views) is (n,), sub_batches is a list of pairs (views, a) with a (n,): one for each resolution, or as many as memory asks for.
-    Clip and step after it, once. quiet() is entered for all but the last: on several GPUs no_sync of DistributedDataParallel, so that
-    gradients are exchanged once.
+    It takes no step: clip and step once, after it. sub_batches is a list of pairs
+    (batch, a), one for each resolution, or as many as memory asks for.
+    losses(*batch) and a are (n,). Each pair has a backward pass of its own.
+
+    quiet() is entered for all of them but the last. On several GPUs it is the
+    no_sync of DistributedDataParallel, so that gradients are exchanged once.
     """
+    sub_batches = list(sub_batches)
+    if not sub_batches:
+        raise ValueError("a step needs one sub-batch or more")
     total = 0.0
-    for k, (views, a) in enumerate(sub_batches, 1):
-        with contextlib.nullcontext() if k == len(sub_batches) else quiet():
-            loss = (a * losses(*views)).sum()
+    for k, (batch, a) in enumerate(sub_batches, 1):
+        last = k == len(sub_batches)
+        with contextlib.nullcontext() if last else quiet():
+            each = losses(*batch)                       # (n,)
+            if each.shape != a.shape:
+                raise ValueError(f"losses of the shape {tuple(each.shape)} do not fit weights"
+                                 f" of the shape {tuple(a.shape)}")
+            loss = (a * each).sum()
             loss.backward()
         total += loss.detach()
     return total
 
 
-# --- Scale: noise levels and weights by granularity --------------------------------------------------------------
+# --- Scale: noise levels and weights by granularity -----------------------------------------------
+# A density of t and a weight of the loss can give the same expected gradient. They
+# differ in how much the gradient of a step scatters around it.
 
 def offset_time(granularity, generator, offsets=OFFSETS, mean=0.0, std=1.0, shift=1.0):
-    """(n,) t = sigmoid(z), z ~ N(mean + offset, std^2), then the resolution shift t' = s t / (1 + (s - 1) t) (Eq. 19).
+    """(n,) t = sigmoid(z), z ~ N(mean + mu, std^2), then t' = s t / (1 + (s - 1) t) (Eq. 19).
 
-    granularity is (n,). Macro (+0.5) sees more noise, micro (-0.5) less. The median is that of sigmoid(mean + offset), shifted.
-    Raises ValueError for a shift that is not positive.
+    granularity (n,) indexes the offsets mu: with those of the paper, macro views
+    see more noise and micro views less. s is the resolution shift; s > 1 favours
+    noise, as larger images need, and s = 1 is off. The median of t is
+    sigmoid(mean + mu), shifted.
+    Raises ValueError unless the shift is positive and the std not negative, and
+    for a granularity without an offset. On a GPU such a granularity has t = nan
+    instead: to look for it, the program would have to wait for the GPU in every
+    step.
     """
-    if shift <= 0:
-        raise ValueError(f"the resolution shift must be positive, not {shift}")
-    mu = mean + sum(offset * (granularity == g) for g, offset in enumerate(offsets))       # (n,), no table to copy to a GPU
-    t = torch.sigmoid(mu + std * torch.randn(len(mu), generator=generator, device=mu.device))
-    return shift * t / (1 + (shift - 1) * t)
-
-
-def measured_offsets(M, granularity, t):
-    """(3,) mu for offset_time from an interaction matrix M (N, N) of samples at a few noise levels, instead of by hand (Eq. 12, 19).
-
-    granularity and t are (N,). Each granularity leans towards the levels at which its mean gradient points where that of the whole batch
-    does: mu is the mean of logit t over the levels, weighted with this cosine. A level whose gradient hurts the batch has no weight.
-    """
-    levels = torch.unique(t)                                       # (L,)
-    kind = 3 * torch.searchsorted(levels, t) + granularity         # (N,)      noise level and granularity
-    member = torch.nn.functional.one_hot(kind, 3 * len(levels)).to(M)      # (N, 3L)
-    mean = member / member.sum(0).clamp(min=1)                     # (N, 3L)   averages over the samples of a kind
-    between = mean.T @ M @ mean                                    # (3L, 3L)  inner products of the kinds' mean gradients
-    agree = (mean.T @ M.mean(1)) / between.diagonal().clamp(min=1e-30).sqrt()      # (3L,)     cosine, up to a common factor
-    weight = agree.clamp(min=0).view(-1, 3)                        # (L, 3)
-    return (torch.logit(levels) @ weight) / weight.sum(0).clamp(min=1e-30)
+    if not 0 < shift < math.inf:
+        raise ValueError(f"the resolution shift must be positive and finite, not {shift}")
+    if not (0 <= std < math.inf and math.isfinite(mean)):
+        raise ValueError("the law of t needs a finite mean, and a finite std that is not"
+                         f" negative, not {mean} and {std}")
+    granularity = torch.as_tensor(granularity)          # (n,)
+    if generator.device.type != granularity.device.type:
+        raise ValueError(f"the generator is on {generator.device}, the granularity on"
+                         f" {granularity.device}; they must be on one device")
+    mu = mean + _of_each(granularity, offsets)          # (n,)
+    noise = torch.randn(len(mu), generator=generator, device=mu.device)  # (n,)
+    t = torch.sigmoid(mu + std * noise)                 # (n,)
+    shifted = shift * t / (1 + (shift - 1) * t)         # (n,)
+    # Where t is 1, the shift's rounding may lead a little beyond it.
+    return shifted.clamp(max=1.0)
 
 
 def min_snr_weight(t, granularity, gammas=GAMMAS, form="epsilon"):
-    """(n,) min(SNR, gamma)/SNR with SNR = ((1 - t)/t)^2, for t (n,) in (0, 1) (Eq. 20).
+    """(n,) min(SNR, gamma) / SNR with SNR = ((1 - t)/t)^2, for t in [0, 1] (Eq. 20).
 
-    It is 1 for t > 1/(1 + sqrt(gamma)) and falls towards the data. This is the form for a loss on e, which the authors' code uses on a
-    velocity loss; form "velocity" is min(SNR, gamma)/(SNR + 1), the same weight carried over to a loss on v (on this path up to the
-    factor (1 - t)^2 + t^2).
+    granularity (n,) indexes the gammas. t is (n,), or one number. The weight is 1
+    for t > 1/(1 + sqrt(gamma)), and falls to 0 towards the data. This is the form
+    for a loss on e, which the authors' code uses on a velocity loss. The form
+    "velocity" is min(SNR, gamma) / (SNR + 1): the same weight carried over to a
+    loss on v (on this path up to the factor (1 - t)^2 + t^2). It is below 1 at
+    every t.
+    Raises ValueError for another form, for t outside [0, 1] or nan, and for a
+    granularity without a gamma. On a GPU the weight is nan in the last two cases:
+    to look for them, the program would have to wait for the GPU in every step.
     """
     if form not in ("epsilon", "velocity"):
         raise ValueError(f'the form must be "epsilon" or "velocity", not {form!r}')
-    snr = ((1 - t) / t) ** 2
-    gamma = sum(value * (granularity == g) for g, value in enumerate(gammas))      # (n,)
-    return torch.minimum(snr, gamma) / (snr if form == "epsilon" else snr + 1)
+    granularity = torch.as_tensor(granularity)          # (n,)
+    t = torch.as_tensor(t, device=granularity.device)
+    t = t.expand(granularity.shape) if t.dim() == 0 else t
+    if t.shape != granularity.shape:
+        raise ValueError(f"t must be one number or have the shape of the granularity,"
+                         f" {tuple(granularity.shape)}, not {tuple(t.shape)}")
+    gamma = _of_each(granularity, gammas)               # (n,)
+    inside = (t >= 0) & (t <= 1)                        # (n,)
+    _refuse_on_a_cpu(t, inside, "the Min-SNR weight needs 0 <= t <= 1")
+    snr = ((1 - t) / t) ** 2                            # (n,)
+    snr = torch.where(inside, snr, torch.nan)
+    if form == "velocity":
+        return torch.minimum(snr, gamma) / (snr + 1)
+    # Not min(SNR, gamma) / SNR, which is 0/0 at t = 1. A nan stays one, as it is
+    # below no gamma.
+    return torch.where(snr <= gamma, 1.0, gamma / snr)
+
+
+def _of_each(granularity, values):
+    """(n,) values[granularity]; nan where there is no such value, which a CPU refuses."""
+    if granularity.dim() != 1:
+        raise ValueError(f"the granularity must be (n,), not {tuple(granularity.shape)}")
+    each = torch.full(granularity.shape, torch.nan, device=granularity.device)
+    known = torch.zeros_like(each, dtype=torch.bool)    # (n,)
+    # No table of the values is indexed, since a GPU would wait for it to be
+    # copied, every time.
+    for index, value in enumerate(values):
+        this = granularity == index                     # (n,)
+        each = torch.where(this, value, each)           # (n,)
+        known = known | this                            # (n,)
+    rule = f"a granularity must be one of 0..{len(values) - 1}"
+    _refuse_on_a_cpu(granularity, known, rule)
+    return each
+
+
+def _refuse_on_a_cpu(values, allowed, rule):
+    """Raises ValueError for a value that is not allowed; a GPU would have to be waited for."""
+    if values.device.type == "cpu" and not allowed.all():
+        raise ValueError(f"{rule}, not {values[~allowed][0].item()}")
+
+
+def measured_offsets(M, granularity, t):
+    """(3,) mu for offset_time, measured and not set by hand (Eq. 12, 19).
+
+    M (N, N) is the interaction matrix of samples at a few noise levels;
+    granularity and t are (N,), with 0 < t < 1. Each granularity leans towards the
+    levels at which its mean gradient points where that of the whole batch does.
+    mu is the mean of logit t over the levels, weighted with the cosine of the
+    two. A level whose gradient hurts the batch has no weight. A granularity that
+    helps at no level has mu = 0.
+    """
+    N = len(t)
+    if M.shape != (N, N) or t.shape != (N,) or granularity.shape != (N,):
+        raise ValueError(f"M must be (N, N), granularity and t (N,), not {tuple(M.shape)},"
+                         f" {tuple(granularity.shape)} and {tuple(t.shape)}")
+    t_allowed = (t > 0) & (t < 1)
+    granularity_allowed = (granularity >= 0) & (granularity < 3)
+    if not (t_allowed.all() and granularity_allowed.all()):
+        raise ValueError("measured offsets need 0 < t < 1, and granularities from 0 to 2")
+    levels = torch.unique(t)                            # (L,)
+    # Samples of one level and granularity are of one kind; `mean` averages over
+    # each kind.
+    kind = 3 * torch.searchsorted(levels, t) + granularity  # (N,)
+    member = torch.nn.functional.one_hot(kind, 3 * len(levels)).to(M)  # (N, 3L)
+    mean = member / member.sum(0).clamp(min=1)          # (N, 3L)
+    # The inner products of the kinds' mean gradients with each other and with the
+    # batch's.
+    between = mean.T @ M @ mean                         # (3L, 3L)
+    with_batch = mean.T @ M.mean(1)                     # (3L,)
+    length = between.diagonal().clamp(min=1e-30).sqrt()  # (3L,)
+    cosine = with_batch / length                        # (3L,) up to a common factor
+    weight = cosine.clamp(min=0).view(-1, 3)            # (L, 3)
+    return (torch.logit(levels) @ weight) / weight.sum(0).clamp(min=1e-30)
+
+
+# --- The arms of the study: what each way to fine-tune changes of the baseline --------------------
+
+class Arm(NamedTuple):
+    """One way to fine-tune. As it stands, the baseline: all views shuffled, all treated alike."""
+
+    # Who meets in a tuple: the views of one "root", one view of each
+    # "granularity" of any roots, or "any" views.
+    meet: str = "any"
+    # The weights in a step of n views: 1/n ("step"), or "root" or "view" of
+    # tuple_weights.
+    weigh: str = "step"
+    # The offsets of the noise levels by granularity (Eq. 19). `mixed` gives them
+    # to random views of the step instead.
+    offsets: tuple = (0.0, 0.0, 0.0)
+    mixed: bool = False
+    # Weights by noise level and granularity (Eq. 20).
+    min_snr: bool = False
+    # Offsets from measured_offsets, anew at every row of the log.
+    measured: bool = False
+    # Whole scenes in place of all views.
+    whole: bool = False
+    # So many steps become one.
+    join: int = 1
+
+
+ARMS = {
+    "baseline": Arm(),
+    "whole": Arm(whole=True),
+    "big": Arm(join=3),
+    # Tuples. "random" has the baseline's views, and differs from it in their
+    # weights alone.
+    "random": Arm(weigh="root"),
+    "stratified": Arm(meet="granularity", weigh="root"),
+    "tuple": Arm(meet="root", weigh="root"),
+    "tuple_max": Arm(meet="root", weigh="view"),
+    # Scale. "flipped" has the opposite signs. "global" has the same noise levels
+    # in all, whatever the granularity.
+    "offsets": Arm(offsets=OFFSETS),
+    "flipped": Arm(offsets=(-0.5, 0.0, 0.5)),
+    "global": Arm(offsets=OFFSETS, mixed=True),
+    "min_snr": Arm(min_snr=True),
+    # Beyond the paper. "lean" is the control of "measured": about its mean
+    # offset, alike for every granularity.
+    "measured": Arm(measured=True),
+    "lean": Arm(offsets=(-0.25, -0.25, -0.25)),
+    # The method: root tuples, and the scale that suits the network, which
+    # `method` adds.
+    "sga": Arm(meet="root", weigh="root"),
+}
+
+
+def method(name, model):
+    """The Arm of a name. "sga" has offsets for a "dit", and Min-SNR weights for a "unet"."""
+    if name not in ARMS:
+        raise ValueError(f"there is no arm {name!r}; the arms are {', '.join(ARMS)}")
+    if model not in ("dit", "unet"):
+        raise ValueError(f'the model must be "dit" or "unet", not {model!r}')
+    arm = ARMS[name]
+    if name == "sga" and model == "dit":
+        return arm._replace(offsets=OFFSETS)
+    if name == "sga":
+        return arm._replace(min_snr=True)
+    return arm
+
+
+def plan(root, granularity, arm, tuples, steps, seed):
+    """[(views (n,), weights (n,))]: what each step sees, on the CPU.
+
+    root and granularity (V,) describe all views; tuples is how many of them a
+    step has. Every arm has the same number of images: views only trade places,
+    and `join` makes one large step of several.
+    """
+    if tuples < 1:
+        raise ValueError(f"a step has 1 tuple or more, not {tuples}")
+    # The controls trade with a generator of their own. So the sizes of their
+    # tuples follow each other in the same order as with root tuples.
+    generator = torch.Generator().manual_seed(seed)
+    trader = torch.Generator().manual_seed(seed + 1)
+    labels = granularity if arm.meet == "granularity" else torch.zeros_like(root)
+    planned = []
+    # The tuples of the epoch that no step has seen yet.
+    waiting = []
+    while len(planned) < steps:
+        while len(waiting) < tuples:
+            epoch = root_tuples(root, generator)
+            waiting += epoch if arm.meet == "root" else traded(epoch, labels, trader)
+        met, waiting = waiting[:tuples], waiting[tuples:]
+        views = torch.cat(met)                          # (n,)
+        if arm.weigh == "step":
+            a = torch.ones(len(views)) / len(views)     # (n,)
+        else:
+            a = tuple_weights([len(one) for one in met], arm.weigh)  # (n,)
+        if arm.whole:
+            views = whole_scenes(views, root, granularity)  # (n,)
+        planned.append((views, a))
+    return [_join(planned[k:k + arm.join]) for k in range(0, steps, arm.join)]
+
+
+def whole_scenes(views, root, granularity):
+    """(n,) for each of the views (n,) the macro view of its root."""
+    macro = torch.nonzero(granularity == 0)[:, 0]       # (R,)
+    same_root = root[views][:, None] == root[macro]     # (n, R)
+    if not (same_root.sum(1) == 1).all():
+        raise ValueError("each root must have one macro view")
+    return macro[same_root.int().argmax(1)]
+
+
+def _join(steps):
+    """One step from a few: all their views, each with its share of the weight."""
+    views = torch.cat([views for views, _ in steps])    # (n,)
+    a = torch.cat([a for _, a in steps]) / len(steps)   # (n,)
+    return views, a
+
+
+# --- The demo -------------------------------------------------------------------------------------
+
+COLOURS = ("#0072b2", "#e69f00", "#009e73")             # macro, meso, micro
+
+
+def measure_views(generator):
+    """The views of one root of 96 px, by Algorithm 1."""
+    import toy_data
+
+    scene = toy_data.sample_scenes(1, generator, "target")
+    image = toy_data.render(scene, toy_data.view_boxes(scene, "macro"), 96)[0]  # (3, 96, 96)
+    boxes = {}
+    for name in GRANULARITIES[1:]:
+        box = 96 * toy_data.view_boxes(scene, name)[0]  # (4,)
+        boxes[name] = tuple(box.clamp(0, 96).tolist())
+    caption = toy_data.captions(scene, "macro")[0].removeprefix("macro ")
+    return {"views": decompose(image, boxes, caption, 32),
+            "views of 80 px": decompose(image, boxes, caption, 80)}
+
+
+def measure_time_laws(generator, n=100_000):
+    """The median and the mean of t, by granularity, of n random noise levels each."""
+    laws = []
+    for index in range(3):
+        t = offset_time(torch.full((n,), index), generator)  # (n,)
+        laws.append({"median": t.median().item(), "mean": t.mean().item()})
+    return laws
+
+
+def measure_meeting(generator, steps=60):
+    """(3, 3) cosines of the mean gradients of one root's three views, after some steps of SGA.
+
+    The mean is over 16 noises for each view, at the noise levels of its
+    granularity.
+    """
+    import dit
+    import flow_matching
+    import ntk
+    import toy_data
+
+    torch.manual_seed(0)
+    model = dit.DiT(len(toy_data.WORDS), pixels=8, patch=2, width=32, depth=2)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    scenes = toy_data.sample_scenes(8, generator, "target")
+    root = torch.arange(8).repeat_interleave(3)         # (24,)
+    granularity = torch.arange(3).repeat(8)             # (24,)
+    x0, tokens = toy_data.views(scenes.take(root), granularity, 8)
+    waiting = []
+    for _ in range(steps):
+        waiting = waiting or root_tuples(root, generator)
+        met, waiting = waiting[:4], waiting[4:]
+        one_sga_step(model, optimizer, flow_matching.loss, x0, tokens, granularity, met, generator)
+
+    views = torch.arange(3).repeat_interleave(16)       # (48,) views of the root 0
+    t = offset_time(granularity[views], generator)      # (48,)
+    e = torch.randn(x0[views].shape, generator=generator)
+    batch = (x0[views], e, t, tokens[views])
+    r = flow_matching.residual(model, *batch).detach()
+    inputs = (flow_matching.path(x0[views], e, t), t, tokens[views])
+    M = ntk.fast_interaction_matrix(model, inputs, r).detach()  # (48, 48)
+    # The inner product of two mean gradients is the mean of their block of M.
+    blocks = M.view(3, 16, 3, 16).mean((1, 3))          # (3, 3)
+    return ntk.cosines(blocks)
+
+
+def paint_views(axis, views):
+    """Algorithm 1: three views of one root, each with its caption."""
+    framed = [torch.nn.functional.pad(view, (1, 1, 1, 1), value=1.0) for _, view, _ in views]
+    strip = torch.cat(framed, 2)                        # (3, 34, 102)
+    axis.imshow(((strip.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy())
+    captions = [textwrap.fill(caption, 14) for _, _, caption in views]
+    axis.set(title="One root has three views, each with\na caption of its own", yticks=[])
+    axis.set_xticks([17, 51, 85], captions)
+
+
+def paint_time_laws(axis, laws):
+    """Eq. 19: the density of t, by granularity."""
+    t = torch.linspace(0.002, 0.998, 499)
+    for name, mu, law, colour in zip(GRANULARITIES, OFFSETS, laws, COLOURS):
+        z = torch.logit(t) - mu
+        density_of_z = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+        density = density_of_z / (t * (1 - t))
+        label = f"{name}, {mu:+g}: median {law['median']:.2f}"
+        axis.plot(t, density, color=colour, linewidth=3, label=label)
+    axis.set(title="Offsets: macro views see more noise,\nmicro views less")
+    axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="density of t", ylim=(0, 2.9))
+    axis.legend(loc="upper center")
+
+
+def paint_weights(axis):
+    """Eq. 20: both forms of the weight."""
+    t = torch.linspace(0, 1, 501)
+    for index, (name, gamma, colour) in enumerate(zip(GRANULARITIES, GAMMAS, COLOURS)):
+        granularity = torch.full((501,), index)
+        label = f"{name}, γ = {gamma:g}"
+        axis.plot(t, min_snr_weight(t, granularity), color=colour, linewidth=3, label=label)
+        w = min_snr_weight(t, granularity, form="velocity")
+        axis.plot(t, w, "--", color=colour, linewidth=2)
+    axis.set(title="Min-SNR weights: little noise counts\nlittle (dashed: velocity form)")
+    axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="weight", ylim=(0, 1.05))
+    axis.legend(loc=(0.52, 0.6))
+
+
+def paint_meeting(axis, cosines):
+    """Eq. 18: the gradients that one step adds up."""
+    axis.imshow(cosines.numpy(), vmin=-1, vmax=1, cmap="PuOr")
+    for i, row in enumerate(cosines.tolist()):
+        for j, cosine in enumerate(row):
+            colour = "white" if abs(cosine) > 0.6 else "black"
+            axis.text(j, i, f"{cosine:.2f}", ha="center", va="center", color=colour)
+    axis.set(title="One root's views meet in a step:\ncosines of their mean gradients")
+    axis.set_xticks(range(3), GRANULARITIES)
+    axis.set_yticks(range(3), GRANULARITIES)
 
 
 def main(file="sga.png"):
     try:
-        import matplotlib.pyplot as plt
-        import ntk, toy_data as td, dit, flow_matching as fm
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        import dit, flow_matching, ntk, toy_data        # noqa: E401, F401
     except ImportError:
-        return print("The demo needs matplotlib, and toy_data.py, flow_matching.py, dit.py, ntk.py beside this file; its functions do not.")
+        print("The demo needs matplotlib, and dit.py, flow_matching.py, ntk.py, toy_data.py beside"
+              " this file; its functions do not.")
+        return
     generator = torch.Generator().manual_seed(0)
-    figure, axes = plt.subplots(2, 3, figsize=(19, 11), layout="constrained")
-    colours = ("#0072b2", "#e69f00", "#009e73")
-
-    scene = td.sample_scenes(1, generator, "target")
-    image = td.render(scene, td.view_boxes(scene, "macro"), 96)[0]
-    boxes = {name: tuple((96 * td.view_boxes(scene, name)[0]).clamp(0, 96).tolist()) for name in GRANULARITIES[1:]}
-    views = decompose(image, boxes, td.captions(scene, "macro")[0].removeprefix("macro "), 32)
-    print(f"Algorithm 1: {len(views)} views of 32 px from one root of 96 px:", "; ".join(caption for *_, caption in views))
-    print("with views of 80 px the micro box would be enlarged too much:", [GRANULARITIES[g] for g, *_ in decompose(image, boxes, "", 80)])
-    strip = torch.cat([torch.nn.functional.pad(view, (1, 1, 1, 1), value=1.0) for _, view, _ in views], 2)
-    axes[0, 0].imshow(((strip.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy())
-    axes[0, 0].set(title="one root: macro, meso, micro\n" + views[0][2], xticks=[], yticks=[])
-
-    t = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
-    for g, (name, mu, gamma, colour) in enumerate(zip(GRANULARITIES, OFFSETS, GAMMAS, colours)):
-        density = torch.exp(-(torch.logit(t) - mu) ** 2 / 2) / (2 * torch.pi) ** 0.5 / (t * (1 - t))
-        drawn = offset_time(torch.full((100000,), g), generator)
-        print(f"Eq. 19: {name}: offset {mu:+}, median of t {drawn.median():.3f}, mean {drawn.mean():.3f}")
-        axes[0, 1].plot(t, density, color=colour, label=f"{name}: median {drawn.median():.3f}, mean {drawn.mean():.3f}")
-        axes[0, 1].axvline(drawn.mean(), color=colour, linestyle=":")
-        acts = 1 / (1 + gamma**0.5)
-        for form, line in (("epsilon", "-"), ("velocity", "--")):
-            label = f"{name}, gamma = {gamma:g}: below t = {acts:.3f}" if form == "epsilon" else None
-            axes[0, 2].plot(t, min_snr_weight(t, torch.full((499,), g), form=form), line, color=colour, label=label)
-        axes[0, 2].axvline(acts, color=colour, linestyle=":")
-    axes[0, 1].set(title="Eq. 19: where each granularity trains", xlabel="t (0 is data, 1 is noise)", ylabel="density of t (dotted: its mean)")
-    axes[0, 2].set(title="Eq. 20: Min-SNR weights (dashed: velocity form)", xlabel="t (0 is data, 1 is noise)", ylabel="weight")
-
-    torch.manual_seed(0)
-    model = dit.DiT(len(td.WORDS), pixels=8, patch=2, width=32, depth=2)
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    roots = td.sample_scenes(8, generator, "target")
-    root, granularity = torch.arange(8).repeat_interleave(3), torch.arange(3).repeat(8)
-    scenes = roots.take(root)
-    x0, tokens = td.render(scenes, td.view_boxes(scenes, granularity), 8), td.tokenize(td.captions(scenes, [GRANULARITIES[g] for g in granularity]))
-    stream = root_tuples(root, generator)
-    for _ in range(200):                                           # the method, whole: tuples, offsets, one step for all of a tuple's views
-        tuples = list(itertools.islice(stream, 4))
-        i = torch.cat(tuples)
-        t_i, e = offset_time(granularity[i], generator), torch.randn(x0[i].shape, generator=generator)
-        optimizer.zero_grad()
-        deferred_backward(lambda *views: fm.loss(model, *views), [((x0[i], tokens[i], t_i, e), tuple_weights([len(k) for k in tuples]))])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    i = next(stream).repeat(8)                                     # one root's three views, eight noises each
-    t_i, e = offset_time(granularity[i], generator), torch.randn(x0[i].shape, generator=generator)
-    x_t, u = fm.path(x0[i], e, t_i), fm.target(x0[i], e)
-    M = ntk.fast_interaction_matrix(model, (x_t, t_i, tokens[i]), model(x_t, t_i, tokens[i]).detach() - u).detach()
-    between = torch.stack([torch.stack([M[a::3, b::3].sum() / 64 for b in range(3)]) for a in range(3)])      # <mean g_a, mean g_b>
-    cosine = ntk.cosines(between)
-    values, vectors = torch.linalg.eigh(between)                   # three gradients span three dimensions: show the two widest
-    arrows = vectors[:, [2, 1]] * values[[2, 1]].clamp(min=0).sqrt()       # (3, 2)
-    for (x, y), name, colour in zip(arrows.tolist(), GRANULARITIES, colours):
-        axes[1, 0].annotate("", (x, y), (0, 0), arrowprops={"color": colour, "width": 2})
-        in_plane = (x * x + y * y) ** 0.5 / between.diagonal()[GRANULARITIES.index(name)].sqrt()
-        axes[1, 0].plot([], [], color=colour, label=f"{name}: {in_plane:.0%} of its length is in this plane")
-    x, y = arrows.mean(0).tolist()
-    axes[1, 0].annotate("", (x, y), (0, 0), arrowprops={"color": "black", "width": 3})
-    axes[1, 0].plot([], [], color="black", label="their mean: the one step")
-    reach = 1.15 * arrows.abs().max().item()
-    axes[1, 0].set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title="Eq. 18: one tuple's gradients meet in one step\n(their two widest dimensions)")
-    for axis, matrix, title in ((axes[1, 1], cosine, "the same as cosines"), (axes[1, 2], M.sign(), "signs of M, 3 views with 8 noises each\n(purple: agree, brown: conflict)")):
-        order = torch.arange(24).view(8, 3).T.flatten() if len(matrix) == 24 else torch.arange(3)
-        axis.imshow(matrix[order][:, order].numpy(), vmin=-1, vmax=1, cmap="PuOr")
-        axis.set(title=title, xticks=(order.view(3, -1).shape[1] * torch.arange(3) + (len(order) - 3) / 6).tolist(),
-                 yticks=(order.view(3, -1).shape[1] * torch.arange(3) + (len(order) - 3) / 6).tolist())
-        axis.set_xticklabels(GRANULARITIES)
-        axis.set_yticklabels(GRANULARITIES)
-    for a, b in itertools.product(range(3), range(3)):
-        axes[1, 1].text(b, a, f"{cosine[a, b]:.2f}", ha="center", va="center", color="white" if cosine[a, b].abs() > 0.6 else "black")
-    print("Eq. 18, 21: cosines of the three views' mean gradients:", cosine.numpy().round(2).tolist())
-    for axis, place in ((axes[0, 1], "lower center"), (axes[0, 2], (0.5, 0.7)), (axes[1, 0], "lower left")):
-        axis.legend(loc=place)
-    figure.savefig(file, dpi=80)
+    root, laws = measure_views(generator), measure_time_laws(generator)
+    captions = [caption for _, _, caption in root["views"]]
+    print(f"Algorithm 1: {len(captions)} views of 32 px from one root of 96 px:")
+    print("   ", "; ".join(captions))
+    kept = [GRANULARITIES[granularity] for granularity, _, _ in root["views of 80 px"]]
+    print("with views of 80 px the micro box would be enlarged too much, which leaves", *kept)
+    for name, mu, law in zip(GRANULARITIES, OFFSETS, laws):
+        median, mean = law["median"], law["mean"]
+        print(f"Eq. 19: {name}: offset {mu:+}, median of t {median:.3f}, mean {mean:.3f}")
+    for name, gamma in zip(GRANULARITIES, GAMMAS):
+        edge = 1 / (1 + gamma**0.5)
+        print(f"Eq. 20: {name}: gamma {gamma:g}, the weight is below 1 for t < {edge:.3f}")
+    cosines = measure_meeting(generator)
+    print("Eq. 18: cosines of the mean gradients of one root's views")
+    for name, row in zip(GRANULARITIES, cosines.tolist()):
+        print(f"    {name:5}", *(f"{cosine:6.2f}" for cosine in row))
+    with matplotlib.rc_context({"font.size": 14, "axes.titlesize": 15}):
+        figure = Figure(figsize=(12, 10), layout="constrained")
+        axes = figure.subplots(2, 2)
+        paint_views(axes[0, 0], root["views"])
+        paint_time_laws(axes[0, 1], laws)
+        paint_weights(axes[1, 0])
+        paint_meeting(axes[1, 1], cosines)
+        figure.savefig(file, dpi=80)
     print("drawn:", file)
 
 

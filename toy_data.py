@@ -1,180 +1,102 @@
 """A toy text-to-image data set that is small and exactly known: scenes, captions, renderer, reader.
 
-A scene is one object (or two, beside or above each other) on a background. It is seen at three granularities:
+A scene is one object, or two beside or above each other, on a background. It is seen at three
+granularities:
     macro  the whole scene          "macro red striped circle top left on white"
     meso   one object fills it      "meso red striped circle on white"
     micro  its texture, close up    "micro red striped on white"
-What no caption names, the nuisance, takes one of 18 values (9 jitters x 2 sizes). So the images of a caption are a
-finite population, and its exact velocity (Eq. 4 in flow_matching.py) is known, for held-out captions too.
+What no caption names, the nuisance, takes one of 18 values: 9 jitters times 2 sizes. So the images
+of a caption are a finite population, and its exact velocity (Eq. 4 in flow_matching.py) is known,
+for held-out captions too.
 
-Lengths are in widths of the scene, x to the right, y downwards; images are (n, 3, pixels, pixels) in [-1, 1].
-Run `python toy_data.py` for a picture.
+Lengths are in widths of the scene, x to the right, y downwards. Images are (n, 3, pixels, pixels)
+with values in [-1, 1]. Run `python toy_data.py` for a picture.
 """
 
 import itertools
 import sys
+import textwrap
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 GRANULARITIES = ("macro", "meso", "micro")
-SHAPES = ("circle", "square", "triangle", "cross")            # the cross is in `target` only
-COLOURS = {"red": (1.0, -0.8, -0.8), "green": (-0.8, 0.5, -0.8), "blue": (-0.7, -0.5, 1.0), "yellow": (1.0, 0.9, -0.9)}
-TEXTURES = ("plain", "striped", "checked", "dotted")          # the dotted one is in `target` only
-BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (-1.0, -1.0, -1.0),        # `base`
-               "grey": (0.1, 0.1, 0.1), "cyan": (-0.4, 0.8, 0.8)}            # `target`
-ROWS, COLUMNS = {"top": 0.3, "middle": 0.5, "bottom": 0.7}, {"left": 0.3, "centre": 0.5, "right": 0.7}
-RELATIONS = {"left of": (0.25, 0.5), "right of": (0.75, 0.5), "above": (0.5, 0.25), "below": (0.5, 0.75)}
-PLACES = {f"{row} {column}": (x, y) for row, y in ROWS.items() for column, x in COLUMNS.items()} | RELATIONS
-LAYOUTS = {1: tuple((place,) for place in range(9)), 2: ((9, 10), (11, 12))} # which places are taken together
-DOMAINS = {"base": (3, 3, (0, 1)), "target": (4, 4, (2, 3))}  # how many SHAPES and TEXTURES, which BACKGROUNDS
-NUISANCES = torch.tensor(list(itertools.product((-0.03, 0.0, 0.03), (-0.03, 0.0, 0.03), (0.22, 0.26))))  # (18, 3)
-HALF_SIDE = torch.tensor([0.5, 0.34, 0.07])                   # of what a macro, meso and micro view shows
-PAIR_SCALE = 0.75                                             # two objects, their jitter and close-ups are smaller
-PERIOD, GAP = 0.7, 0.2                                        # of a texture, in radii; the colour left in its gaps
+SHAPES = ("circle", "square", "triangle", "cross")
+TEXTURES = ("plain", "striped", "checked", "dotted")
+COLOURS = {                                             # red, green and blue, each from -1 to 1
+    "red": (1.0, -0.8, -0.8),
+    "green": (-0.8, 0.5, -0.8),
+    "blue": (-0.7, -0.5, 1.0),
+    "yellow": (1.0, 0.9, -0.9),
+}
+BACKGROUNDS = {
+    "white": (1.0, 1.0, 1.0),
+    "black": (-1.0, -1.0, -1.0),
+    "grey": (0.1, 0.1, 0.1),
+    "cyan": (-0.4, 0.8, 0.8),
+}
 
-WORDS = ("<pad>", *GRANULARITIES, *COLOURS, *TEXTURES, *SHAPES, *ROWS, *COLUMNS, "of", "above", "below", "on", *BACKGROUNDS)
-CAPTION_LENGTH = 12                                           # the longest caption has 11 words
+# Where an object may stand, as x and y. A single object takes one of the nine places of the grid.
+# In a pair, the relation says where the first object is, and the second stands opposite.
+ROWS = {"top": 0.3, "middle": 0.5, "bottom": 0.7}
+COLUMNS = {"left": 0.3, "centre": 0.5, "right": 0.7}
+GRID = {f"{row} {column}": (COLUMNS[column], ROWS[row]) for row in ROWS for column in COLUMNS}
+RELATIONS = {
+    "left of": (0.25, 0.5),
+    "right of": (0.75, 0.5),
+    "above": (0.5, 0.25),
+    "below": (0.5, 0.75),
+}
+PLACES = GRID | RELATIONS
+# For 1 and for 2 objects: which PLACES are taken together. Place 9 is "left of", 10 "right of".
+LAYOUTS = {1: tuple((place,) for place in range(len(GRID))), 2: ((9, 10), (11, 12))}
+
+# Of each domain: the number of its SHAPES, the number of its TEXTURES, and its BACKGROUNDS. So the
+# cross, the dotted texture and the last two backgrounds are new in `target`.
+DOMAINS = {"base": (3, 3, (0, 1)), "target": (4, 4, (2, 3))}
+
+# The values of the nuisance: dx, dy and the object's radius. (18, 3)
+JITTERS, RADII = (-0.03, 0.0, 0.03), (0.22, 0.26)
+NUISANCES = torch.tensor(list(itertools.product(JITTERS, JITTERS, RADII)))
+
+# Half the side of what a macro, meso and micro view shows. A meso view leaves a rim around the
+# object. A micro view is so small that every shape covers it, whatever the nuisance.
+HALF_SIDE = torch.tensor([0.5, 0.34, 0.07])
+# Two objects are smaller than one, and so are their jitter and their close-ups: they never touch.
+PAIR_SCALE = 0.75
+# A texture repeats after this many radii: at 24 pixels a stripe of a whole scene is 2 pixels wide.
+PERIOD = 0.7
+# The share of an object's colour in the gaps of its texture, so that its outline stays visible.
+GAP = 0.2
+
+WORDS = ("<pad>", *GRANULARITIES, *COLOURS, *TEXTURES, *SHAPES, *ROWS, *COLUMNS,
+         "of", "above", "below", "on", *BACKGROUNDS)
+CAPTION_LENGTH = 12                                     # the longest caption has 11 words
 
 
 class Scenes(NamedTuple):
-    """n scenes of k objects; a scene's first object is the one that its meso and micro views show."""
+    """n scenes of k objects. The meso and micro views of a scene show its first object.
+
+    In a scene of two objects the tip of the second may show at the edge of a meso view.
+    """
 
     objects: torch.Tensor     # (n, k, 4)  indices into SHAPES, COLOURS, TEXTURES, PLACES
     background: torch.Tensor  # (n,)       index into BACKGROUNDS
-    nuisance: torch.Tensor    # (n, 3)     dx, dy, radius: a row of NUISANCES, or any value between them
+    nuisance: torch.Tensor    # (n, 3)     dx, dy, radius: a row of NUISANCES, or any between them
 
     def take(self, index):
+        """The scenes at these indices."""
         return Scenes(*(field[index] for field in self))
 
 
 @lru_cache
 def constant(table, device):
-    """A table of numbers as a tensor on the device, copied there once: a copy in every step would make a GPU wait for its host."""
+    """A table of numbers as a tensor on the device, copied there once.
+
+    A copy in every step would make a GPU wait for its host.
+    """
     return torch.as_tensor(table, device=device)
-
-
-# --- scenes ------------------------------------------------------------------------------------------------------
-
-@lru_cache
-def combinations(domain, split):
-    """(m, 3) the (shape, colour, texture) of a domain that are "seen" or "held_out": of each pair, all are seen."""
-    if domain not in DOMAINS or split not in ("seen", "held_out"):
-        raise ValueError(f"no split {split!r} of domain {domain!r}; domains: {', '.join(DOMAINS)}; splits: seen, held_out")
-    shapes, textures, _ = DOMAINS[domain]
-    table = torch.cartesian_prod(torch.arange(shapes), torch.arange(len(COLOURS)), torch.arange(textures))
-    return table[(table.sum(1) % 4 == 3) == (split == "held_out")]
-
-
-def sample_scenes(n, generator, domain="base", split="seen", objects=1):
-    """n random Scenes on the generator's device; every object is of the split's combinations."""
-    if objects not in LAYOUTS:
-        raise ValueError(f"a scene has 1 or 2 objects, not {objects}")
-    pick = lambda table, *size: constant(table, generator.device)[
-        torch.randint(len(table), size, generator=generator, device=generator.device)]
-    attributes = pick(combinations(domain, split), n, objects)                     # (n, k, 3)
-    places = pick(LAYOUTS[objects] + tuple(layout[::-1] for layout in LAYOUTS[objects]), n)    # (n, k)
-    return Scenes(torch.cat([attributes, places[..., None]], 2), pick(DOMAINS[domain][2], n), pick(NUISANCES, n))
-
-
-def population(scenes):
-    """All 18 n scenes with the captions of the n scenes: each scene's population in turn, all equally likely."""
-    n = len(scenes.background)
-    each = scenes.take(torch.arange(n, device=scenes.background.device).repeat_interleave(len(NUISANCES)))
-    return each._replace(nuisance=constant(NUISANCES, each.nuisance.device).repeat(n, 1))
-
-
-# --- captions ----------------------------------------------------------------------------------------------------
-
-def captions(scenes, granularity):
-    """The n captions of n scenes, at one granularity or at one for each."""
-    each = [granularity] * len(scenes.background) if isinstance(granularity, str) else granularity
-    rows = zip(each, scenes.objects.tolist(), scenes.background.tolist())
-    return [_caption(view, objects, list(BACKGROUNDS)[background]) for view, objects, background in rows]
-
-
-def _caption(granularity, objects, background):
-    named = [(SHAPES[s], list(COLOURS)[c], TEXTURES[t], list(PLACES)[p]) for s, c, t, p in objects]
-    shape, colour, texture, place = named[0]
-    if granularity == "micro":
-        return f"micro {colour} {texture} on {background}"
-    if granularity == "meso":
-        return f"meso {colour} {texture} {shape} on {background}"
-    others = "".join(f" {colour} {texture} {shape}" for shape, colour, texture, _ in named[1:])
-    return f"macro {colour} {texture} {shape} {place}{others} on {background}"
-
-
-def tokenize(texts):
-    """(n, 12) long: the words' indices, padded with 0. Raises ValueError for an unknown word or too many words."""
-    for text in texts:
-        unknown = [word for word in text.split() if word not in WORDS[1:]]
-        if unknown:
-            raise ValueError(f"unknown word {unknown[0]!r} in the caption {text!r}; the words are: {' '.join(WORDS[1:])}")
-        if len(text.split()) > CAPTION_LENGTH:
-            raise ValueError(f"the caption {text!r} has {len(text.split())} words; at most {CAPTION_LENGTH} are allowed")
-    ids = [[WORDS.index(word) for word in text.split()] for text in texts]
-    return torch.tensor([row + [0] * (CAPTION_LENGTH - len(row)) for row in ids]).view(-1, CAPTION_LENGTH)
-
-
-def caption_tokens(scenes, granularity):
-    """(n, 12) long, on the scenes' device: tokenize(captions(...)) by tables, without a text; granularity is (n,) indices."""
-    device = scenes.background.device
-    word = lambda names: constant(tuple(WORDS.index(name) for name in names), device)
-    place_words = tuple(tuple(WORDS.index(name) for name in (place.split() + ["<pad>"])[:2]) for place in PLACES)
-    shape, colour, texture, place = scenes.objects.unbind(2)                       # (n, k) each
-    named = torch.stack([word(COLOURS)[colour], word(TEXTURES)[texture], word(SHAPES)[shape]], 2)   # (n, k, 3)
-    named[:, 0, 2] *= granularity < 2                                              # micro names no shape
-    macro = (granularity == 0)[:, None]                                            # (n, 1)     only macro names places and other objects
-    ids = torch.cat([word(GRANULARITIES)[granularity, None], named[:, 0], macro * constant(place_words, device)[place[:, 0]],
-                     macro * named[:, 1:].flatten(1), word(("on",)).expand(len(macro), 1), word(BACKGROUNDS)[scenes.background, None]], 1)
-    ids = torch.nn.functional.pad(ids, (0, CAPTION_LENGTH - ids.shape[1]))         # (n, 12)
-    return ids.gather(1, (ids == 0).byte().argsort(dim=1, stable=True))            # (n, 12)    gaps go to the end
-
-
-# --- renderer ----------------------------------------------------------------------------------------------------
-
-def view_boxes(scenes, granularity):
-    """(n, 4) x0, y0, x1, y1 of each scene's view; granularity is a name or (n,) indices into GRANULARITIES."""
-    device, pair = scenes.background.device, scenes.objects.shape[1] == 2
-    if isinstance(granularity, str):
-        granularity = torch.full_like(scenes.background, GRANULARITIES.index(granularity))
-    close = granularity > 0                                                        # (n,) meso or micro
-    place = palette(PLACES, device)[scenes.objects[:, 0, 3]]                       # (n, 2)
-    centre = torch.where(close[:, None], place, 0.5)                               # (n, 2)
-    half = constant(HALF_SIDE, device)[granularity] * torch.where(close & pair, PAIR_SCALE, 1.0)   # (n,)
-    return torch.cat([centre - half[:, None], centre + half[:, None]], 1)
-
-
-def coverage(scenes, boxes, pixels):
-    """(n, k, pixels, pixels) how much of each pixel has each object's colour, from 0 to 1 (anti-aliased)."""
-    device, scale = boxes.device, PAIR_SCALE if scenes.objects.shape[1] == 2 else 1.0
-    shape, _, texture, place = scenes.objects[..., None, None].unbind(2)           # (n, k, 1, 1) each
-    steps = (torch.arange(pixels, device=device) + 0.5) / pixels                   # (p,)
-    grid = boxes[:, :2, None] + (boxes[:, 2:] - boxes[:, :2])[..., None] * steps   # (n, 2, p)
-    dx, dy, radius = (scale * scenes.nuisance[:, None, None, :]).unbind(3)         # (n, 1, 1) each
-    centre = palette(PLACES, device)[place[..., 0, 0]]                             # (n, k, 2)
-    x = ((grid[:, None, 0] - centre[..., :1] - dx) / radius)[:, :, None, :]        # (n, k, 1, p)  in radii
-    y = ((grid[:, None, 1] - centre[..., 1:] - dy) / radius)[:, :, :, None]        # (n, k, p, 1)
-    pixel = ((boxes[:, 2] - boxes[:, 0])[:, None, None] / pixels / radius)[..., None]  # (n, 1, 1, 1)
-    soft = lambda inside: (0.5 + inside / pixel).clamp(0, 1)                       # from a signed distance, > 0 inside
-
-    bar = lambda a, b: torch.minimum(0.5 - a.abs(), 1 - b.abs())
-    inside = torch.stack(torch.broadcast_tensors(                                  # (4, n, k, p, p)
-        1 - (x * x + y * y).sqrt(),                                                # circle
-        0.95 - torch.maximum(x.abs(), y.abs()),                                    # square
-        0.64 - torch.maximum(y, 0.75**0.5 * x.abs() - 0.5 * y),                    # triangle, apex up
-        torch.maximum(bar(x, y), bar(y, x))))                                      # cross
-    wave = lambda z: PERIOD * (0.25 - (z / PERIOD - (z / PERIOD).floor() - 0.5).abs())
-    to_dot = lambda z: PERIOD * ((z / PERIOD).round() - z / PERIOD)
-    across, down = soft(wave(x)), soft(wave(y))
-    ink = torch.stack(torch.broadcast_tensors(                                     # (4, n, k, p, p)
-        torch.ones_like(inside[0]),                                                # plain
-        down,                                                                      # striped
-        across * down + (1 - across) * (1 - down),                                 # checked
-        1 - soft(0.27 * PERIOD - (to_dot(x) ** 2 + to_dot(y) ** 2).sqrt())))       # dotted
-    choose = lambda table, index: table.gather(0, index.expand_as(table[0])[None])[0]
-    return soft(choose(inside, shape)) * (GAP + (1 - GAP) * choose(ink, texture))
 
 
 def palette(table, device):
@@ -182,120 +104,626 @@ def palette(table, device):
     return constant(tuple(table.values()), device)
 
 
+# --- Checks: wrong input gets one sentence. None of them makes a GPU wait for its host ------------
+
+def check_scenes(scenes):
+    """Raises ValueError unless the three fields have the shapes that Scenes promises."""
+    n = len(scenes.objects)
+    shapes = tuple(tuple(field.shape) for field in scenes)
+    if shapes not in [((n, k, 4), (n,), (n, 3)) for k in LAYOUTS]:
+        raise ValueError("scenes need objects (n, k, 4) with k = 1 or 2, background (n,) and "
+                         f"nuisance (n, 3) for one n, not {', '.join(map(str, shapes))}")
+
+
+def check_objects(objects):
+    """Raises ValueError unless the number of objects in a scene is 1 or 2."""
+    if objects not in LAYOUTS:
+        raise ValueError(f"a scene has 1 or 2 objects, not {objects}")
+
+
+def check_images(images, objects):
+    """Raises ValueError unless images are (n, 3, pixels, pixels) of 1 or 2 objects."""
+    check_objects(objects)
+    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"images must be (n, 3, pixels, pixels), not {tuple(images.shape)}")
+
+
+def index_of(granularity):
+    """0, 1 or 2 for the name of a granularity; ValueError for another name."""
+    if granularity not in GRANULARITIES:
+        allowed = ", ".join(GRANULARITIES)
+        raise ValueError(f"unknown granularity {granularity!r}; the granularities are: {allowed}")
+    return GRANULARITIES.index(granularity)
+
+
+def indices_of(granularity, scenes):
+    """(n,) the granularity of each of n scenes, from one name, n names, or (n,) indices 0..2."""
+    background = scenes.background
+    if isinstance(granularity, str):
+        return torch.full_like(background, index_of(granularity))
+    if not isinstance(granularity, torch.Tensor):
+        indices = [index_of(name) for name in granularity]
+        granularity = torch.tensor(indices, device=background.device)
+    if granularity.shape != background.shape or granularity.dtype not in (torch.int64, torch.int32):
+        shape, kind = tuple(granularity.shape), granularity.dtype
+        raise ValueError(f"granularity must be a name, or one name or whole number for each of the "
+                         f"{len(background)} scenes, not {shape} numbers of type {kind}")
+    try:
+        # The entry i of this table is i: the look-up changes nothing. On a CPU it refuses an index
+        # outside, and a GPU goes on without a wait.
+        return constant((0, 1, 2), background.device).index_select(0, granularity)
+    except IndexError:
+        raise ValueError("a granularity's index must be 0 (macro), 1 (meso) or 2 (micro)") from None
+
+
+# --- Scenes ---------------------------------------------------------------------------------------
+
+@lru_cache
+def combinations(domain, split):
+    """(m, 3) the (shape, colour, texture) of a domain that are "seen" or "held_out".
+
+    A quarter is held out, and every pair of two attributes is seen. Raises ValueError for another
+    domain or split.
+    """
+    if domain not in DOMAINS or split not in ("seen", "held_out"):
+        raise ValueError(f"no split {split!r} of domain {domain!r}; domains: {', '.join(DOMAINS)}; "
+                         "splits: seen, held_out")
+    shapes, textures, _ = DOMAINS[domain]
+    colours = len(COLOURS)
+    table = torch.cartesian_prod(*map(torch.arange, (shapes, colours, textures)))
+    # Of four consecutive sums one is held out, so that any two attributes are seen with some third.
+    held_out = table.sum(1) % 4 == 3
+    return table[held_out == (split == "held_out")]
+
+
+def sample_scenes(n, generator, domain="base", split="seen", objects=1):
+    """n random Scenes on the generator's device; every object is of the split's combinations.
+
+    Raises ValueError for an unknown domain or split and for a number of objects other than 1, 2.
+    """
+    check_objects(objects)
+    device = generator.device
+
+    def pick(table, *size):
+        """Random rows of a table."""
+        rows = torch.randint(len(table), size, generator=generator, device=device)
+        return constant(table, device)[rows]
+
+    both_ways = LAYOUTS[objects] + tuple(layout[::-1] for layout in LAYOUTS[objects])
+    attributes = pick(combinations(domain, split), n, objects)    # (n, k, 3)
+    places = pick(both_ways, n)                         # (n, k)
+    background = pick(DOMAINS[domain][2], n)            # (n,)
+    nuisance = pick(NUISANCES, n)                       # (n, 3)
+    return Scenes(torch.cat([attributes, places[..., None]], 2), background, nuisance)
+
+
+def population(scenes):
+    """18 n scenes: for each of n scenes in turn all that have its captions, equally likely."""
+    check_scenes(scenes)
+    n, device = len(scenes.background), scenes.background.device
+    scene = torch.arange(n, device=device)              # (n,)
+    each = scenes.take(scene.repeat_interleave(len(NUISANCES)))
+    return each._replace(nuisance=constant(NUISANCES, device).repeat(n, 1))
+
+
+def views(scenes, granularity, pixels):
+    """Images (n, 3, pixels, pixels) and tokens (n, 12) of n scenes at a granularity.
+
+    The granularity is one name for all, n names, or (n,) indices into GRANULARITIES. Raises
+    ValueError for an unknown one, for scenes of other shapes, and for pixels below 1.
+    """
+    granularity = indices_of(granularity, scenes)
+    images = render(scenes, view_boxes(scenes, granularity), pixels)
+    return images, caption_tokens(scenes, granularity)
+
+
+# --- Captions -------------------------------------------------------------------------------------
+
+def word_table(names, device):
+    """The index in WORDS of each name, as a tensor."""
+    return constant(tuple(WORDS.index(name) for name in names), device)
+
+
+def place_table(device):
+    """(13, 2) the indices in WORDS of the words of each place; a place of one word has <pad>."""
+    first = [place.split()[0] for place in PLACES]
+    second = [place.split()[1] if " " in place else "<pad>" for place in PLACES]
+    return torch.stack([word_table(first, device), word_table(second, device)], 1)
+
+
+def caption_tokens(scenes, granularity):
+    """(n, 12) long, on the scenes' device: the words of n captions as indices, padded with 0.
+
+    The granularity is as in `views`. Tables make them, not texts: a text would make a GPU wait for
+    its host in every step.
+    """
+    check_scenes(scenes)
+    device = scenes.background.device
+    granularity = indices_of(granularity, scenes)       # (n,)
+    macro = (granularity == 0)[:, None]                 # (n, 1)
+    shape, colour, texture, place = scenes.objects.unbind(2)      # (n, k) each
+
+    # Every caption is laid out in full first, with a 0 for each word that it leaves out. Only a
+    # macro caption names places and other objects, and a micro caption names no shape either.
+    colour = word_table(COLOURS, device)[colour]        # (n, k)
+    texture = word_table(TEXTURES, device)[texture]     # (n, k)
+    shape = word_table(SHAPES, device)[shape]           # (n, k)
+    shape[:, 0] *= granularity < 2
+    named = torch.stack([colour, texture, shape], 2)    # (n, k, 3)
+    words = torch.cat([
+        word_table(GRANULARITIES, device)[granularity, None],
+        named[:, 0],
+        macro * place_table(device)[place[:, 0]],
+        macro * named[:, 1:].flatten(1),
+        word_table(["on"], device).expand(len(macro), 1),
+        word_table(BACKGROUNDS, device)[scenes.background, None],
+    ], 1)
+    padding = CAPTION_LENGTH - words.shape[1]
+    words = torch.nn.functional.pad(words, (0, padding))          # (n, 12)
+
+    # A stable sort by "is this a 0?" moves the gaps to the end and keeps the words in order.
+    order = (words == 0).byte().argsort(dim=1, stable=True)       # (n, 12)
+    return words.gather(1, order)                       # (n, 12)
+
+
+def captions(scenes, granularity):
+    """The n captions of n scenes: the words of caption_tokens. The granularity is as in `views`."""
+    texts = []
+    for tokens in caption_tokens(scenes, granularity).tolist():
+        texts.append(" ".join(WORDS[token] for token in tokens if token))
+    return texts
+
+
+def tokenize(texts):
+    """(n, 12) long: the words of n texts as indices, padded with 0. "" is the null caption.
+
+    Raises ValueError for an empty list, for an unknown word and for more than 12 words. Whether the
+    words make a caption of this data is not checked here: see grammar_error.
+    """
+    if isinstance(texts, str) or len(texts) == 0:
+        raise ValueError(f"tokenize takes a list of at least one caption, not {texts!r}")
+    rows = []
+    for text in texts:
+        words = text.split()
+        for word in words:
+            if word not in WORDS[1:]:
+                raise ValueError(f"unknown word {word!r} in the caption {text!r}; the words are: "
+                                 + " ".join(WORDS[1:]))
+        if len(words) > CAPTION_LENGTH:
+            raise ValueError(f"the caption {text!r} has {len(words)} words; at most "
+                             f"{CAPTION_LENGTH} are allowed")
+        padding = [0] * (CAPTION_LENGTH - len(words))
+        rows.append([WORDS.index(word) for word in words] + padding)
+    return torch.tensor(rows)
+
+
+# The kinds of words that follow a caption's granularity, and the words of each kind.
+GRAMMAR = {
+    "macro": ("colour", "texture", "shape", "place", "on", "background"),
+    "macro of two": ("colour", "texture", "shape", "relation", "colour", "texture", "shape",
+                     "on", "background"),
+    "meso": ("colour", "texture", "shape", "on", "background"),
+    "micro": ("colour", "texture", "on", "background"),
+}
+CHOICES = {
+    "colour": COLOURS, "texture": TEXTURES, "shape": SHAPES, "place": GRID,
+    "relation": RELATIONS, "on": ("on",), "background": BACKGROUNDS,
+}
+
+
+def match(words, form):
+    """Goes through words and a form of GRAMMAR from left to right: (missing, rest, first).
+
+    The kinds of words that are missing, the words that are left over, and the words from the first
+    missing kind on.
+    """
+    missing, first = [], []
+    for kind in form:
+        choices = [choice.split() for choice in CHOICES[kind]]
+        fitting = [choice for choice in choices if words[:len(choice)] == choice]
+        if fitting:
+            words = words[len(fitting[0]):]
+        else:
+            first = first if missing else words
+            missing.append(kind)
+    return missing, words, first
+
+
+def grammar_error(text):
+    """"" if the text is a caption of this data; else a sentence: what is wrong, and the grammar."""
+    granularity, *words = text.split() or [""]
+    if granularity not in GRANULARITIES:
+        return (f"the caption {text!r} must start with macro, meso or micro, for example: "
+                "macro red plain circle top left on white")
+    relations = {"of", "above", "below"}
+    related = granularity == "macro" and relations.intersection(words)
+    form = GRAMMAR["macro of two" if related else granularity]
+    missing, rest, first = match(words, form)
+    if not missing and not rest:
+        return ""
+
+    names = ["the word 'on'" if kind == "on" else f"a {kind}" for kind in missing]
+    if not missing:
+        wrong = f"goes on after its end with {rest[0]!r}"
+    elif rest:
+        # Something is left over, so that some word stands where a word of another kind belongs.
+        allowed = ", ".join(CHOICES[missing[0]])
+        wrong = f"has {first[0]!r} where {names[0]} belongs (allowed: {allowed})"
+    elif len(missing) == 1:
+        wrong = f"lacks {names[0]}"
+    else:
+        wrong = f"lacks {', '.join(names[:-1])} and {names[-1]}"
+    grammar = " ".join(kind if kind == "on" else kind.upper() for kind in form)
+    example = " ".join(next(iter(CHOICES[kind])) for kind in form)
+    return (f"the caption {text!r} {wrong}; its grammar is: {granularity} {grammar}, "
+            f"for example: {granularity} {example}")
+
+
+# --- Renderer -------------------------------------------------------------------------------------
+
+def view_boxes(scenes, granularity):
+    """(n, 4) x0, y0, x1, y1 of what each scene's view shows; the granularity is as in `views`."""
+    check_scenes(scenes)
+    device = scenes.background.device
+    granularity = indices_of(granularity, scenes)       # (n,)
+    close = granularity > 0                             # (n,) meso or micro
+    place = palette(PLACES, device)[scenes.objects[:, 0, 3]]      # (n, 2)
+    centre = torch.where(close[:, None], place, 0.5)    # (n, 2)
+    pair = scenes.objects.shape[1] == 2
+    scale = torch.where(close & pair, PAIR_SCALE, 1.0)  # (n,)
+    half = constant(HALF_SIDE, device)[granularity] * scale       # (n,)
+    return torch.cat([centre - half[:, None], centre + half[:, None]], 1)
+
+
+# Shapes as signed distances to the outline, in radii: positive inside, negative outside. For the
+# circle, and near the middle of every edge of the others, the distance is exact.
+
+def circle(x, y):
+    """Of radius 1."""
+    return 1 - (x * x + y * y).sqrt()
+
+
+def square(x, y):
+    """Of half side 0.95."""
+    return 0.95 - torch.maximum(x.abs(), y.abs())
+
+
+def triangle(x, y):
+    """Equilateral with its apex up, around a circle of radius 0.64: a micro view just fits in."""
+    # The normals of the upper sides point 30 degrees upwards: sqrt(3)/2 along x, 1/2 along -y.
+    left_and_right = 0.75**0.5 * x.abs() - 0.5 * y
+    return 0.64 - torch.maximum(y, left_and_right)
+
+
+def cross(x, y):
+    """An upright and a lying bar, each 1 wide and 2 long."""
+    upright = torch.minimum(0.5 - x.abs(), 1 - y.abs())
+    lying = torch.minimum(0.5 - y.abs(), 1 - x.abs())
+    return torch.maximum(upright, lying)
+
+
+# Textures as ink: how much of each pixel has the object's full colour, from 0 to 1. x and y are in
+# radii from the object's centre, and so is `pixel`, the side of a pixel.
+
+def soft(distance, pixel):
+    """How much of a pixel lies inside an outline, from 0 to 1, from its signed distance.
+
+    An outline through a pixel's middle covers half of it; this is what makes edges smooth.
+    """
+    return (0.5 + distance / pixel).clamp(0, 1)
+
+
+def stripes(z):
+    """Signed distance to the edges of stripes across z: they take one half of every period."""
+    phase = z / PERIOD
+    return PERIOD * (0.25 - (phase - phase.floor() - 0.5).abs())
+
+
+def to_dot(z):
+    """The way along z to the nearest of the points 0, +-PERIOD, +-2 PERIOD and so on."""
+    phase = z / PERIOD
+    return PERIOD * (phase.round() - phase)
+
+
+def plain(x, y, pixel):
+    """Ink everywhere."""
+    return torch.ones_like(x)
+
+
+def striped(x, y, pixel):
+    """Lying stripes."""
+    return soft(stripes(y), pixel)
+
+
+def checked(x, y, pixel):
+    """Ink where a lying and an upright stripe cross, and where neither is."""
+    across, down = soft(stripes(x), pixel), soft(stripes(y), pixel)
+    return across * down + (1 - across) * (1 - down)
+
+
+def dotted(x, y, pixel):
+    """Dots without ink, of radius 0.27 periods: they take about a quarter of the area."""
+    distance = (to_dot(x) ** 2 + to_dot(y) ** 2).sqrt()
+    return 1 - soft(0.27 * PERIOD - distance, pixel)
+
+
+def choose(options, index):
+    """(n, k, p, p) for each object the option that index (n, k, 1, 1) names."""
+    table = torch.stack(torch.broadcast_tensors(*options))
+    return table.gather(0, index.expand_as(table[0])[None])[0]
+
+
+def coverage(scenes, boxes, pixels):
+    """(n, k, pixels, pixels) how much of each pixel has each object's colour, from 0 to 1.
+
+    The boxes are (n, 4) x0, y0, x1, y1. Raises ValueError for other shapes and pixels below 1.
+    """
+    check_scenes(scenes)
+    n, device = len(boxes), boxes.device
+    if boxes.shape != (len(scenes.background), 4):
+        raise ValueError(f"{len(scenes.background)} scenes need boxes of as many rows "
+                         f"x0, y0, x1, y1, not {tuple(boxes.shape)}")
+    if pixels < 1 or pixels % 1:
+        raise ValueError(f"pixels must be a whole number from 1 on, not {pixels}")
+
+    # The middles of the pixels, in widths of the scene.
+    middles = (torch.arange(pixels, device=device) + 0.5) / pixels          # (p,)
+    corner, opposite = boxes[:, :2, None], boxes[:, 2:, None]     # (n, 2, 1) each
+    grid = corner + (opposite - corner) * middles       # (n, 2, p)
+
+    # The same in radii, from each object's centre.
+    objects = scenes.objects[..., None, None]           # (n, k, 4, 1, 1)
+    shape, _, texture, place = objects.unbind(2)        # (n, k, 1, 1) each
+    scale = PAIR_SCALE if objects.shape[1] == 2 else 1.0
+    nuisance = scale * scenes.nuisance[:, None, None, :]          # (n, 1, 1, 3)
+    dx, dy, radius = nuisance.unbind(3)                 # (n, 1, 1) each
+    centre = palette(PLACES, device)[place[..., 0, 0]]  # (n, k, 2)
+    x = (grid[:, None, 0] - centre[..., :1] - dx) / radius        # (n, k, p)
+    y = (grid[:, None, 1] - centre[..., 1:] - dy) / radius        # (n, k, p)
+    x, y = x[:, :, None, :], y[:, :, :, None]           # (n, k, 1, p), (n, k, p, 1)
+    side = (boxes[:, 2] - boxes[:, 0])[:, None, None]   # (n, 1, 1)
+    pixel = (side / pixels / radius)[..., None]         # (n, 1, 1, 1)
+
+    outlines = [circle(x, y), square(x, y), triangle(x, y), cross(x, y)]
+    inks = [texture_ink(x, y, pixel) for texture_ink in (plain, striped, checked, dotted)]
+    inside = soft(choose(outlines, shape), pixel)       # (n, k, p, p)
+    ink = choose(inks, texture)                         # (n, k, p, p)
+    return inside * (GAP + (1 - GAP) * ink)             # (n, k, p, p)
+
+
+def compose(m, colour, background):
+    """(n, 3, p, p) background + sum_k m_k (colour_k - background): linear in the coverages m.
+
+    m is (n, k, p, p); colour (n, k, 3) and background (n, 3) are RGB.
+    """
+    contrast = colour - background[:, None]             # (n, k, 3)
+    objects = torch.einsum("nkhw,nkc->nchw", m, contrast)         # (n, 3, p, p)
+    return background[..., None, None] + objects        # (n, 3, p, p)
+
+
 def render(scenes, boxes, pixels):
-    """(n, 3, pixels, pixels) the part of each scene that its box shows: background + sum_k m_k (colour_k - background)."""
-    m = coverage(scenes, boxes, pixels)                                            # (n, k, p, p)
-    background = palette(BACKGROUNDS, boxes.device)[scenes.background]             # (n, 3)
-    colour = palette(COLOURS, boxes.device)[scenes.objects[..., 1]]                # (n, k, 3)
-    return background[..., None, None] + torch.einsum("nkhw,nkc->nchw", m, colour - background[:, None])
+    """(n, 3, pixels, pixels) what the boxes (n, 4) show of n scenes; errors as in `coverage`."""
+    m = coverage(scenes, boxes, pixels)                 # (n, k, p, p)
+    background = palette(BACKGROUNDS, m.device)[scenes.background]          # (n, 3)
+    colour = palette(COLOURS, m.device)[scenes.objects[..., 1]]   # (n, k, 3)
+    return compose(m, colour, background)               # (n, 3, p, p)
 
 
-# --- reader: the renderer's inverse ------------------------------------------------------------------------------
+# --- Reader: the renderer's inverse ---------------------------------------------------------------
 
 @lru_cache
 def bank(granularity, pixels, objects, device):
-    """All that the reader compares with, made once: the places, and T objects (T, 4), place by place, with their coverages (T, pixels^2)."""
-    places = sorted(set(sum(LAYOUTS[objects], ()))) if granularity == "macro" else [0 if objects == 1 else 9]
-    table = torch.cartesian_prod(torch.tensor(places), torch.arange(len(SHAPES)), torch.arange(len(TEXTURES))).to(device)
-    kinds = torch.stack([table[:, 1], 0 * table[:, 1], table[:, 2], table[:, 0]], 1)
-    each = population(Scenes(kinds[:, None].repeat(1, objects, 1), 0 * kinds[:, 0], kinds[:, :3].float()))
-    return places, each.objects[:, 0], coverage(each, view_boxes(each, granularity), pixels)[:, 0].flatten(1)
+    """What the reader compares with, made once: places, T known objects (T, 4), m (T, pixels^2).
+
+    A known object is a place, a shape, a texture and a nuisance; they stand place by place, and m
+    is their coverage. A close-up looks the same at every place, so that one place will do.
+    """
+    places = sorted(set(sum(LAYOUTS[objects], ())))
+    if granularity != "macro":
+        places = places[:1]
+    of_each = (torch.tensor(places), torch.arange(len(SHAPES)), torch.arange(len(TEXTURES)))
+    place, shape, texture = torch.cartesian_prod(*of_each).to(device).unbind(1)
+    # A coverage depends neither on a colour nor on a background: any will do.
+    zero = torch.zeros_like(place)
+    kinds = torch.stack([shape, zero, texture, place], 1)
+    # In a scene of two objects each is smaller, so that the pair is made of one object twice.
+    scenes = Scenes(kinds[:, None].repeat(1, objects, 1), zero, kinds[:, :3].float())
+    known = population(scenes)
+    m = coverage(known, view_boxes(known, granularity), pixels)
+    return places, known.objects[:, 0], m[:, 0].flatten(1)
 
 
 def read(images, granularity="macro", objects=1):
-    """The scenes that fit the images best, and how well: (objects (n, k, 4) by place, background (n,), residual (n,)).
+    """The scenes that fit n images best: objects (n, k, 4) by place, background, residual (n,).
 
-    Least squares over every shape, colour, texture, place, background and nuisance: an image is linear in its coverages m,
-    so |x - bg - sum_k m_k d_k|^2 = |x - bg|^2 + sum_k (|m_k|^2 |d_k|^2 - 2 <m_k d_k, x - bg>), d_k = colour_k - bg, where
-    the objects do not overlap. The residual is the root mean square over pixels and channels. What a view does not show
-    (the place in meso and micro, the shape in micro, the background behind a plain micro) comes back as whatever fits.
+    Least squares over every shape, colour, texture, place, background and nuisance. An image is
+    linear in its coverages m, so that with d_k = colour_k - bg
+        |x - bg - sum_k m_k d_k|^2 = |x - bg|^2 + sum_k (|m_k d_k|^2 - 2 <m_k d_k, x - bg>)
+    where the objects do not overlap. The residual is the root mean square of image minus fit, over
+    pixels and channels. What a view does not show (the place in meso and micro, the shape in micro,
+    the background behind a plain micro) comes back as whatever fits.
+
+    For a good fit the sum is a small difference of large numbers. That is precise enough to choose
+    by: fits that rounding could exchange are equally good to rounding. It is not precise enough
+    for the residual, which is therefore computed from the image and the chosen fit.
+
+    Images in float64 are compared in float64. Raises ValueError for other shapes, for an unknown
+    granularity and for a number of objects other than 1 and 2.
     """
+    check_images(images, objects)
+    index_of(granularity)
     n, device, pixels = len(images), images.device, images.shape[-1]
     places, known, m = bank(granularity, pixels, objects, device)
-    layouts = LAYOUTS[objects] if granularity == "macro" else [(places[0],)]
-    d = palette(COLOURS, device)[:, None] - palette(BACKGROUNDS, device)           # (C, B, 3)
-    y = images.flatten(2)[:, None] - palette(BACKGROUNDS, device)[..., None]       # (n, B, 3, pp)
-    gain = (d * d).sum(2)[:, :, None] * (m * m).sum(1) - 2 * torch.einsum("cbr,nbrt->ncbt", d, y @ m.T)  # (n, C, B, T)
-    gain, colour = gain.min(1)                                                     # (n, B, T) each
-    gain, best = gain.unflatten(2, (len(places), -1)).min(3)                       # (n, B, places) each
-    fit = torch.stack([gain[..., [places.index(place) for place in layout]].sum(2) for layout in layouts], 2)
-    energy = ((y * y).sum((2, 3))[..., None] + fit).flatten(1)                     # (n, B*layouts)
-    energy, winner = energy.min(1)
-    background, layout = winner // len(layouts), winner % len(layouts)
-    slots = torch.tensor([[places.index(place) for place in layout] for layout in layouts], device=device)[layout]  # (n, k)
-    index = best[torch.arange(n)[:, None], background[:, None], slots] + slots * (len(m) // len(places))  # (n, k) into T
-    found = known[index]                                                           # (n, k, 4)
-    found[..., 1] = colour[torch.arange(n)[:, None], background[:, None], index]
-    return found, background, (energy.clamp(min=0) / images[0].numel()).sqrt()
+    layouts = LAYOUTS[objects] if granularity == "macro" else ((places[0],),)
+
+    # All in one type: float32, or float64 if the images are.
+    kind = torch.promote_types(images.dtype, torch.float32)
+    images, m = images.to(kind), m.to(kind)             # (n, 3, p, p), (T, pp)
+    colours = palette(COLOURS, device).to(kind)         # (C, 3)
+    backgrounds = palette(BACKGROUNDS, device).to(kind)           # (B, 3)
+
+    # What each known object adds to |x - bg|^2, in each colour and on each background.
+    d = colours[:, None] - backgrounds                  # (C, B, 3)
+    y = images.flatten(2)[:, None] - backgrounds[..., None]       # (n, B, 3, pp)
+    size_d = (d * d).sum(2)[:, :, None]                 # (C, B, 1)
+    size = size_d * (m * m).sum(1)                      # (C, B, T)
+    overlap = torch.einsum("cbr,nbrt->ncbt", d, y @ m.T)          # (n, C, B, T)
+    energy = size - 2 * overlap                         # (n, C, B, T)
+
+    # 1. The best colour of every known object.
+    energy, colour = energy.min(1)                      # (n, B, T) each
+    # 2. The best known object at every place.
+    energy, best = energy.unflatten(2, (len(places), -1)).min(3)  # (n, B, places) each
+    # 3. The best layout and background. Places are consecutive: a slot is a place's position.
+    slots = constant(layouts, device) - places[0]       # (layouts, k)
+    energy = energy[:, :, slots].sum(3)                 # (n, B, layouts)
+    energy = (y * y).sum((2, 3))[..., None] + energy    # (n, B, layouts)
+    winner = energy.flatten(1).min(1).indices           # (n,)
+    background = winner // len(layouts)                 # (n,)
+    layout = winner % len(layouts)                      # (n,)
+
+    # The winner's objects, and its image.
+    image = torch.arange(n, device=device)[:, None]     # (n, 1)
+    slot = slots[layout]                                # (n, k)
+    per_place = len(m) // len(places)
+    index = best[image, background[:, None], slot]      # (n, k) among those at their place
+    index = index + per_place * slot                    # (n, k) among all
+    found = known[index]                                # (n, k, 4)
+    found[..., 1] = colour[image, background[:, None], index]
+    shown = m[index].unflatten(2, (pixels, pixels))     # (n, k, p, p)
+    fit = compose(shown, colours[found[..., 1]], backgrounds[background])   # (n, 3, p, p)
+    residual = (images - fit).square().mean((1, 2, 3)).sqrt()     # (n,)
+    return found, background, residual
 
 
 def accuracies(images, scenes, granularity="macro"):
-    """What of the scenes the reader finds in the images, as (n,) booleans: layout, shape_colour, texture, joint."""
-    found, background, residual = read(images, granularity, scenes.objects.shape[1])
-    by_place = scenes.objects[..., 3].argsort(1)[..., None].expand_as(scenes.objects)
-    objects = scenes.objects.gather(1, by_place) if granularity == "macro" else scenes.objects[:, :1]
-    same = (found[:, :objects.shape[1]] == objects).all(1)                         # (n, 4)
-    always = torch.ones_like(same[:, 0])
-    layout = same[:, 3] & (background == scenes.background) if granularity == "macro" else always
-    shape_colour = same[:, 1] & (same[:, 0] if granularity != "micro" else always)
-    right = {"layout": layout, "shape_colour": shape_colour, "texture": same[:, 2]}
-    return right | {"joint": layout & shape_colour & same[:, 2], "residual": residual}
+    """What of n scenes the reader finds in n images, as (n,) booleans, and its residual (n,).
+
+    layout: places and background, shape_colour, texture, and joint: all three. What a view does
+    not show counts as found. The granularity is a name. Raises ValueError for other shapes.
+    """
+    check_scenes(scenes)
+    n, k, _ = scenes.objects.shape
+    if len(images) != n:
+        raise ValueError(f"{len(images)} images cannot show {n} scenes")
+    found, background, residual = read(images, granularity, k)
+
+    # The reader lists objects by their places, and one object only in a close-up: the first.
+    objects = scenes.objects[:, :1]                     # (n, 1, 4)
+    if granularity == "macro":
+        order = scenes.objects[..., 3].argsort(1)[..., None]      # (n, k, 1)
+        objects = scenes.objects.gather(1, order.expand(n, k, 4))           # (n, k, 4)
+    same = (found == objects).all(1)                    # (n, 4)
+    shape, colour, texture, place = same.unbind(1)      # (n,) each
+
+    layout = place & (background == scenes.background)  # (n,)
+    shape_colour = shape & colour                       # (n,)
+    if granularity != "macro":
+        layout = torch.ones_like(layout)                # (n,)
+    if granularity == "micro":
+        shape_colour = colour                           # (n,)
+    return {"layout": layout, "shape_colour": shape_colour, "texture": texture,
+            "joint": layout & shape_colour & texture, "residual": residual}
 
 
 @lru_cache
 def largest_real_residual(granularity, pixels, objects=1):
-    """Above this residual an image is "not a scene": the 99.9th percentile of real images, of both domains alike.
+    """Above this residual an image is "not a scene": the 99.9th percentile of real images.
 
-    Their nuisance is drawn between the values that training uses, so the reader, who knows only those, cannot fit exactly.
+    Their nuisance lies anywhere between the values that training uses, and the reader knows only
+    those, so that it cannot fit exactly. Half of the images are of each domain.
     """
-    generator, residuals = torch.Generator().manual_seed(0), []
+    generator = torch.Generator().manual_seed(0)
     low, high = NUISANCES.min(0).values, NUISANCES.max(0).values
+    residuals = []
     for domain in DOMAINS:
+        # In parts, since the reader compares every image with everything at once.
         for _ in range(4):
             scenes = sample_scenes(256, generator, domain, "seen", objects)
-            scenes = scenes._replace(nuisance=low + (high - low) * torch.rand(256, 3, generator=generator))
-            residuals.append(read(render(scenes, view_boxes(scenes, granularity), pixels), granularity, objects)[2])
+            between = low + (high - low) * torch.rand(256, 3, generator=generator)
+            images, _ = views(scenes._replace(nuisance=between), granularity, pixels)
+            residuals.append(read(images, granularity, objects)[2])
     return torch.cat(residuals).quantile(0.999).item()
+
+
+# --- The demo -------------------------------------------------------------------------------------
+
+def measure_views(scene, pixels):
+    """Of one scene: [(caption, image)] at each granularity."""
+    seen = []
+    for granularity in GRANULARITIES:
+        images, _ = views(scene, granularity, pixels)
+        seen.append((captions(scene, granularity)[0], images[0]))
+    return seen
+
+
+def measure_reader(scenes, pixels, noises, generator):
+    """{granularity: [share of images in which all is found, for each noise]}."""
+    shares = {}
+    for granularity in GRANULARITIES:
+        clean, _ = views(scenes, granularity, pixels)
+        shares[granularity] = []
+        for noise in noises:
+            noisy = clean + noise * torch.randn(clean.shape, generator=generator)
+            joint = accuracies(noisy, scenes, granularity)["joint"]
+            shares[granularity].append(joint.float().mean().item())
+    return shares
+
+
+def paint_view(axis, caption, image):
+    axis.imshow((image.permute(1, 2, 0) / 2 + 0.5).numpy())
+    axis.set(xticks=[], yticks=[])
+    granularity, rest = caption.split(" ", 1)
+    axis.set_xlabel(textwrap.fill(rest, 22))
+    axis.set_title(granularity)
+
+
+def paint_population(axis, images):
+    from torchvision.utils import make_grid
+    grid = make_grid(images / 2 + 0.5, nrow=6, padding=2, pad_value=1.0)
+    axis.imshow(grid.permute(1, 2, 0).numpy())
+    axis.axis("off")
+    axis.set_title(f"{len(images)} images have this macro caption")
+
+
+def paint_reader(axis, noises, shares):
+    for marker, (granularity, values) in zip("osD", shares.items()):
+        axis.plot(noises, values, marker=marker, linewidth=2.5, markersize=8, label=granularity)
+    axis.set(xlabel="noise added to the images (std)", ylabel="read without a mistake")
+    axis.set_ylim(0, 1.05)
+    axis.yaxis.set_major_formatter("{x:.0%}")
+    axis.legend()
+    axis.set_title("A reader undoes the renderer")
 
 
 def main(file="toy_data.png"):
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(18, 10), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
-    generator = torch.Generator().manual_seed(2)
-    halves = [sample_scenes(3, generator, domain) for domain in DOMAINS]
-    scenes = Scenes(*(torch.cat(pair) for pair in zip(*halves)))
-    axes = left.subplots(6, 3)
-    for column, granularity in zip(axes.T, GRANULARITIES):
-        images = render(scenes, view_boxes(scenes, granularity), 24)
-        for axis, image, caption in zip(column, images, captions(scenes, granularity)):
-            axis.imshow((image.permute(1, 2, 0) / 2 + 0.5).numpy())
-            axis.set_title(caption.replace(" on ", "\non "), fontsize=9)
-            axis.set(xticks=[], yticks=[])
-    left.suptitle("Scenes at three granularities, 24 px (top three: base domain, below: target)")
+    pixels, noises = 24, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+    generator = torch.Generator().manual_seed(11)
+    scene = sample_scenes(1, generator, "target")
+    seen = measure_views(scene, pixels)
+    for caption, _ in seen:
+        print("caption:", caption)
+    images, _ = views(population(scene), "macro", pixels)
+    print("images with the macro caption:", len(images))
 
-    many = sample_scenes(600, generator, "target", "seen")
-    clean = render(many, view_boxes(many, "macro"), 24)
-    axes = right.subplots(2, 3)
-    for row, noise in zip(axes, (0.0, 1.0)):
-        images = clean + noise * torch.randn(clean.shape, generator=generator)
-        right_share = accuracies(images, many)["joint"].float().mean()
-        print(f"noise {noise}: the reader finds place, background, shape, colour and texture together in {right_share:.1%} of 600 scenes")
-        found = read(images)[0][:, 0]
-        for axis, kind, names in zip(row, range(3), (SHAPES, list(COLOURS), TEXTURES)):
-            counts = torch.zeros(4, 4).index_put_((many.objects[:, 0, kind], found[:, kind]), torch.tensor(1.0), accumulate=True)
-            shares = counts / counts.sum(1, keepdim=True)
-            axis.imshow(shares.numpy(), vmin=0, vmax=1, cmap="cividis")
-            for i in range(4):
-                for j in range(4):
-                    axis.text(j, i, f"{shares[i, j]:.0%}", ha="center", va="center", color="black" if shares[i, j] > 0.5 else "white")
-            axis.set(xticks=range(4), yticks=range(4), xlabel="read", ylabel="drawn", title=f"noise of std {noise:g}")
-            axis.set_xticklabels(names, rotation=30)
-            axis.set_yticklabels(names)
-    right.suptitle("What the reader makes of clean and of noisy images (share of each row)")
-    figure.savefig(file, dpi=100)
-    for granularity in GRANULARITIES:
-        print(f"{granularity}: an image is a scene up to a residual of {largest_real_residual(granularity, 24):.3f} (24 px)")
+    many = sample_scenes(200, generator, "target")
+    shares = measure_reader(many, pixels, noises, generator)
+    for granularity, values in shares.items():
+        listed = ", ".join(f"{value:.1%} ({noise:g})" for noise, value in zip(noises, values))
+        print(f"{granularity}: read without a mistake, of 200 (noise): {listed}")
+        limit = largest_real_residual(granularity, pixels)
+        print(f"{granularity}: an image is a scene up to a residual of {limit:.3f}")
+
+    with plt.rc_context({"font.size": 15, "axes.titlesize": 17}):
+        figure = plt.figure(figsize=(10, 7.8), layout="constrained")
+        grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.05))
+        for column, (caption, image) in enumerate(seen):
+            paint_view(figure.add_subplot(grid[0, 2 * column:2 * column + 2]), caption, image)
+        paint_population(figure.add_subplot(grid[1, :3]), images)
+        paint_reader(figure.add_subplot(grid[1, 3:]), noises, shares)
+        figure.suptitle("One scene, seen at three granularities", fontsize=20)
+        figure.savefig(file, dpi=100)
     print("drawn:", file)
 
 

@@ -1,4 +1,5 @@
-"""The README's first picture: the interaction matrix before and after fine-tuning, beside what the network draws then.
+"""The README's first picture: the interaction matrix before and after fine-tuning, beside what the
+network makes of captions then.
 
     python train.py --probe 6 && python results/cover.py runs/dit-0
 """
@@ -8,48 +9,84 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[0] = str(ROOT)                                          # not this folder, whose files would hide libraries of their names
+if __name__ == "__main__":
+    # Not this folder first: its tabulate.py would hide a library of that name.
+    sys.path[0] = str(ROOT)
 
-import matplotlib  # noqa: E402
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
 import ntk  # noqa: E402
+import toy_data  # noqa: E402
 import train  # noqa: E402
-from results.pictures import show  # noqa: E402
+from support import book, machine, report  # noqa: E402
+from support.pictures import show  # noqa: E402
+
+SAMPLES = 3
 
 
 def main(folder, file=str(ROOT / "results/cover.png")):
-    s, content = train.load(str(Path(folder) / "checkpoint.pt"))
-    s = dataclasses.replace(s, device="cpu")
-    rows = [row for row in train.read_probe(folder) if row["step"] >= s.pretrain_steps]
-    model = train.load_weights(str(Path(folder) / "checkpoint.pt"), train.build(s), s)
-    figure = plt.figure(figsize=(17, 6.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.9, 1))
-    axes = left.subplots(1, 2)
-    for axis, row, when in zip(axes, (rows[0], rows[-1]), ("before fine-tuning", f"after {rows[-1]['step'] - s.pretrain_steps} steps of it")):
-        shown = axis.imshow(ntk.cosines(torch.tensor(row["M"])).numpy(), vmin=-1, vmax=1, cmap="PuOr")
-        axis.set(title=f"{when}: {row['conflict']:.0%} of pairs conflict\ndL/dτ = {row['trace']:.3g} (alone) {row['cross']:+.3g} (cross terms)",
-                 xticks=range(4, 9 * s.probe, 9), yticks=range(4, 9 * s.probe, 9))
-        axis.set_xticklabels([f"root {k + 1}" for k in range(s.probe)])
-        axis.set_yticklabels([f"root {k + 1}" for k in range(s.probe)])
-        axis.set_xlabel("a root: macro, meso, micro; each: t = 0.2, 0.5, 0.8", fontsize=9)
+    checkpoint = str(Path(folder) / "checkpoint.pt")
+    s, content = book.load(checkpoint, train.Settings, train.FORMAT)
+    s = dataclasses.replace(s, device="cpu", precision="float32")
+    run = train.Run(s)
+    # Not run.restore(content): a GPU's generator does not fit a CPU's.
+    run.ema.load_state_dict(content["ema"])
+    probe = [row for row in content["probe"] if row["step"] >= s.pretrain_steps]
+
+    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(2.1, 1))
+    paint_matrices(left, probe, s)
+    paint_samples(right, *sample(run), f"True image and samples ({s.model}, {s.arm})")
+    figure.savefig(file, dpi=80)
+    print("drawn:", file)
+
+
+def sample(run):
+    """(6 captions, 6 true images, 3 samples of each): two target scenes at each granularity."""
+    s = run.settings
+    scenes = report.test_scenes(s, run.roots, "target", "seen", 8)
+    scenes = scenes.take(torch.tensor([0, 1, 0, 1, 0, 1]))
+    granularity = torch.arange(3).repeat_interleave(2)             # (6,)
+    truth, tokens = toy_data.views(scenes, granularity, s.pixels)  # (6, 3, H, W), (6, 12)
+    tokens = tokens.repeat_interleave(SAMPLES, 0)                  # (18, 12)
+    images = report.sample_images(run.ema, tokens, s, machine.seeded(s, 9))
+    names = [toy_data.GRANULARITIES[k] for k in granularity]
+    captions = toy_data.captions(scenes, names)
+    return captions, truth, images.unflatten(0, (-1, SAMPLES))
+
+
+def paint_matrices(figure, probe, s):
+    """M before the fine-tuning and at its end, as cosines."""
+    steps = probe[-1]["step"] - s.pretrain_steps
+    axes = figure.subplots(1, 2)
+    moments = {"before": probe[0], f"after {steps} steps": probe[-1]}
+    for axis, (when, row) in zip(axes, moments.items()):
+        cosines = ntk.cosines(torch.as_tensor(row["M"]))
+        shown = axis.imshow(cosines.numpy(), vmin=-1, vmax=1, cmap="PuOr")
+        axis.set_title(f"{when}:\n{row['conflict']:.0%} of pairs conflict", fontsize=15)
+        middles = range(4, 9 * s.probe, 9)
+        names = [str(k + 1) for k in range(s.probe)]
+        axis.set_xticks(middles, names, fontsize=13)
+        axis.set_yticks(middles, names, fontsize=13)
+        axis.set_xlabel("root: macro, meso, micro,\neach at t = 0.2, 0.5, 0.8", fontsize=13)
         for edge in range(9, 9 * s.probe, 9):
             axis.axhline(edge - 0.5, color="black", linewidth=0.6)
             axis.axvline(edge - 0.5, color="black", linewidth=0.6)
-    left.colorbar(shown, ax=axes, label="cosine of two samples' gradients (orange: they conflict)")
-    left.suptitle("The interaction matrix M_ij = r_iᵀ K_ij r_j")
-    scenes = train.test_scenes("target", "seen", s, train.draw_roots(s), 8).take(torch.tensor([0, 1, 0, 1, 0, 1]))
-    granularity = torch.arange(3).repeat_interleave(2)
-    truth, tokens = train.draw(scenes, granularity, s)
-    drawn = train.sample(model, tokens.repeat_interleave(3, 0), s, train.seeded(s, 9)).unflatten(0, (6, 3))
-    captions = train.toy_data.captions(scenes, [train.GRANULARITIES[g] for g in granularity])
-    for axis, image, samples, caption in zip(right.subplots(6, 1), truth, drawn, captions):
-        show(axis, [image, torch.ones_like(image[:, :, :4]), *samples])
-        axis.set_title(caption, fontsize=10)
-    right.suptitle(f"a true image | three samples ({s.model}, arm {s.arm})")
-    figure.savefig(file, dpi=80)
-    print("drawn:", file)
+    bar = figure.colorbar(shown, ax=axes)
+    bar.ax.tick_params(labelsize=12)
+    bar.set_label("cosine of two gradients (orange: in conflict)", fontsize=13)
+    figure.suptitle("The interaction matrix of a fine-tuning, M_ij = r_iᵀ K_ij r_j", fontsize=17)
+
+
+def paint_samples(figure, captions, truth, images, title):
+    """A row for each caption: a true image, a gap, samples."""
+    axes = figure.subplots(len(captions), 1)
+    for axis, caption, image, samples in zip(axes, captions, truth, images):
+        gap = torch.ones_like(image[:, :, :4])
+        show(axis, [image, gap, *samples])
+        axis.set_title(caption, fontsize=13)
+    figure.suptitle(title, fontsize=17)
 
 
 if __name__ == "__main__":

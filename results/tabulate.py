@@ -1,28 +1,46 @@
-"""Prints the README's table of results from the report.json of each run: python results/tabulate.py"""
+"""The table of the default run, from the report.json of each run in results/runs.
+
+    python results/tabulate.py
+
+prints it; results/README.md shows it, and a test compares the two.
+"""
 
 import json
 from pathlib import Path
 
+RUNS = Path(__file__).parent / "runs"
+HEAD = ("network", "captions", "view", "joint accuracy", "reader's ceiling", "valid scenes", "loss",
+        "its floor", "error \\|v - u\\*\\|²/D")
 
-def share(values):
-    """The mean over the seeds, and each of them."""
-    return f"{sum(values) / len(values):.1%} ({', '.join(f'{100 * value:.1f}' for value in values)})"
 
-
-def table(folder=Path(__file__).parent / "runs"):
+def table(folder=RUNS):
     """The lines of a Markdown table: one row for each network, model, split and view."""
-    runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    lines = ["| network | captions | view | joint accuracy | reader's ceiling | valid scenes | loss | its floor | error \\|v - u\\*\\|²/D |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for network in ("dit", "unet"):
         reports = [run["rows"] for run in runs if run["settings"]["model"] == network]
-        for rows in zip(*reports):
-            of = lambda name: [row[name] for row in rows]
-            mean = lambda name: sum(of(name)) / len(rows)
-            captions = f"{rows[0]['model']}, {rows[0]['domain']} {rows[0]['split'].replace('_', ' ')}"
-            lines.append(f"| {network} | {captions} | {rows[0]['view']} | {share(of('joint'))} | {mean('ceiling'):.1%} | {mean('valid'):.1%}"
-                         f" | {mean('loss'):.4f} | {mean('floor'):.4f} | {mean('error'):.4f} |")
+        # The seeds' reports have the same rows in the same order.
+        for seeds in zip(*reports):
+            lines.append(f"| {network} | {line(seeds)} |")
     return lines
+
+
+def line(seeds):
+    """The same row of every seed's report, as one row of the table."""
+    first = seeds[0]
+    captions = f"{first['model']}, {first['domain']} {first['split'].replace('_', ' ')}"
+    joint = [row["joint"] for row in seeds]
+    every_seed = ", ".join(f"{100 * share:.1f}" for share in joint)
+    cells = [captions, first["view"], f"{mean(joint):.1%} ({every_seed})"]
+    for name in ("ceiling", "valid"):
+        cells.append(f"{mean([row[name] for row in seeds]):.1%}")
+    for name in ("loss", "floor", "error"):
+        cells.append(f"{mean([row[name] for row in seeds]):.4f}")
+    return " | ".join(cells)
+
+
+def mean(values):
+    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The race against public networks is fair: turns alternate, the ratio is that of the clock, and both sides are of one size."""
+"""The race against public networks is fair: turns alternate, the ratio is that of the clock, and
+both sides are of one size.
+"""
 
 import importlib.util
 import sys
@@ -6,27 +8,50 @@ import sys
 import pytest
 import torch
 
-import side_by_side
 import train
+from results import side_by_side
 
 
 def test_without_the_other_side_it_says_in_one_sentence_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert side_by_side.main(["--device", "cpu"]) is None          # what sys.exit takes for success
+    side_by_side.main(["--device", "cpu"])
     said = capsys.readouterr().out
     assert "pip install diffusers" in said and said.count("\n") == 1
 
 
 def test_the_turns_alternate_and_give_the_known_ratio():
-    now, calls, slow = 0.0, [], iter([1.0, 1.0, 50.0, 1.0, 1.0, 1.0])
+    now, calls = [0.0], []
+    # One of their six calls is disturbed. The median must not see it.
+    their_seconds = iter([6.0, 6.0, 300.0, 6.0, 6.0, 6.0])
 
-    def spend(name, seconds):
-        nonlocal now
-        now += seconds
-        calls.append(name)
-    ours, theirs = lambda: spend("ours", 2.0), lambda: spend("theirs", 6.0 * next(slow))
-    assert side_by_side.in_turns(ours, theirs, rounds=3, calls=2, clock=lambda: now) == (2, 6, [3, 3, 76.5])   # one call was disturbed
+    def ours():
+        now[0] += 2.0
+        calls.append("ours")
+
+    def theirs():
+        now[0] += next(their_seconds)
+        calls.append("theirs")
+
+    found = side_by_side.in_turns(ours, theirs, rounds=3, calls=2, clock=lambda: now[0])
+    assert found == (2, 6, [3, 3, 76.5])
     assert calls == 2 * ["ours"] + 4 * ["theirs"] + 4 * ["ours"] + 2 * ["theirs"]
+
+
+def test_flops_are_those_of_the_closed_form():
+    N, C, hidden = 5, 8, 16
+    network = torch.nn.Sequential(torch.nn.Linear(C, hidden), torch.nn.Linear(hidden, C))
+    x = torch.randn(N, C)
+
+    def forward():
+        return network(x).sum()
+
+    def step():
+        forward().backward()
+
+    product = 2 * N * C * hidden
+    assert side_by_side.flops(forward) == 2 * product
+    # Backward each layer has two products, but the first layer's input needs no gradient.
+    assert side_by_side.flops(step) == 2 * product + 3 * product
 
 
 @pytest.mark.parametrize("model", ["dit", "unet"])
@@ -40,4 +65,5 @@ def test_both_sides_map_to_a_velocity_and_have_as_many_parameters(model):
     assert ours(x, t, tokens).shape == theirs(x, t, tokens).shape == x.shape
     assert side_by_side.size(theirs) == pytest.approx(side_by_side.size(ours), rel=0.05)
     side_by_side.training_step(theirs, s)()
-    assert all(p.grad is not None for p in theirs.parameters())    # all that is counted is trained
+    # All that is counted is trained.
+    assert all(weight.grad is not None for weight in theirs.parameters())

@@ -1,6 +1,8 @@
-"""What makes training fast changes nothing that it computes: several processes, parts of a batch, a compiled network; and no step waits."""
+"""What makes training fast or small changes nothing that it computes: a step in several parts,
+several processes, a compiled network. That no step waits for a GPU is in test_pretended.py.
+"""
 
-import csv
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,160 +10,232 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import sga
+import toy_data
 import train
+from support import book, machine, report
 
 ROOT = Path(__file__).parent.parent
+PIXELS = 8
 
 
 def small(model="dit", **more):
-    return train.Settings(**train.PRESETS["tiny", model] | {"model": model, "pretrain_steps": 2, "batch": 6} | more)
+    sizes = {"model": model, "pixels": PIXELS, "pretrain_steps": 2, "batch": 6}
+    return train.Settings(**train.TINY | sizes | more)
 
 
-def trained(s, steps=4):
-    """The Run after a few steps over both phases."""
-    run, plan = train.Run(s), train.make_plan(s)
+def trained(s, steps):
+    """The Run after a few steps, of both phases if there are enough."""
+    run = train.Run(s)
     for _ in range(steps):
         if run.step == s.pretrain_steps:
             run.begin_finetuning()
-        run.train_step(plan)
+        run.train_step()
     return run
 
 
-def gradient(s, start, file):
-    """The gradient of the next step of a run in the state of another."""
-    start.save(file)
+def resumed(s, file):
+    """A Run of these settings in the state of another."""
     run = train.Run(s)
-    run.restore(train.load(file)[1])
-    run.train_step(train.make_plan(s))
-    return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
+    run.restore(torch.load(file))
+    return run
 
 
-# --- the same step, by other ways ---
+# --- A step in parts ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("steps", [1, 3])                                  # of the pretraining and of the fine-tuning
+def gradient_in(model):
+    """The gradient that lies in a network's weights, as one vector."""
+    weights = [p for p in model.parameters() if p.grad is not None]
+    return torch.cat([p.grad.flatten() for p in weights])
+
+
+def gradient(s, file):
+    """The gradient of the next step of a run."""
+    run = resumed(s, file)
+    run.train_step()
+    return gradient_in(run.model)
+
+
+# The last step is one of the pretraining, or one of the fine-tuning.
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("model", ["dit", "unet"])
 def test_a_step_in_parts_is_the_same_step(tmp_path, model, steps):
-    start = trained(small(model), steps)
-    whole, parts, other = (gradient(small(model, **more), start, str(tmp_path / "start.pt")) for more in ({}, {"chunk": 4}, {"caption_dropout": 1.0}))
-    assert (whole - parts).norm() < 1e-5 * whole.norm()
-    assert (whole - other).norm() > 1e-3 * whole.norm()                    # a twin that is another step
+    file = str(tmp_path / "start.pt")
+    trained(small(model), steps).save(file)
+    whole = gradient(small(model), file)
+    parts = gradient(small(model, chunk=4), file)
+    twin = gradient(small(model, caption_dropout=1.0), file)
+    precision = 100 * torch.finfo(torch.float32).eps
+    assert (whole - parts).norm() < precision * whole.norm()
+    assert (whole - twin).norm() > 100 * precision * whole.norm()
 
 
-def test_a_compiled_network_trains_the_same_weights_from_a_restored_state(tmp_path, monkeypatch):
-    """The compiler is a stand-in here that computes what Python would; the gpu preset's test has torch's own."""
-    calls = []
-    monkeypatch.setattr(torch, "compile", lambda network: calls.append(network) or (lambda *x: network(*x)))
-    s = small(compile=1)
-    run = trained(s, 2)
-    run.save(str(tmp_path / "checkpoint.pt"))
-    resumed = train.Run(s)
-    resumed.restore(train.load(tmp_path / "checkpoint.pt")[1])
-    resumed.prepare()
-    assert calls == [resumed.model]                                        # once, and only when asked for
-    for one in (run, resumed):
+def test_a_batch_is_cut_into_parts_of_at_most_so_many_samples():
+    batch = [torch.arange(7) + 10 * k for k in range(5)]
+    parts = train.chunks_of(*batch, 3)
+    assert [len(a) for _, a in parts] == [3, 3, 1]
+    for k in range(4):
+        assert torch.equal(torch.cat([inputs[k] for inputs, _ in parts]), batch[k])
+
+
+# --- A compiled network ---------------------------------------------------------------------------
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """A stand-in for torch.compile that computes what Python would; what it was given."""
+    given = []
+
+    def compile(network):
+        given.append(network)
+        return lambda *inputs: network(*inputs)
+
+    monkeypatch.setattr(machine, "what_compiling_lacks", lambda device: "")
+    monkeypatch.setattr(torch, "compile", compile)
+    return given
+
+
+def test_a_compiled_network_trains_the_same_weights_from_a_restored_state(tmp_path, compiler):
+    s, file = small(compile=1), str(tmp_path / "checkpoint.pt")
+    plain = trained(small(), 2)
+    plain.save(file)
+    run = resumed(s, file)
+    run.use(machine.compiled(run.model, s))
+    assert compiler == [run.model]
+    for one in (plain, run):
         one.begin_finetuning()
-        one.train_step(train.make_plan(s))
-    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), resumed.model.parameters()))
-    assert set(resumed.model.state_dict()) == set(train.build(s).state_dict())     # no name of a wrapper in a checkpoint
+        one.train_step()
+    pairs = zip(plain.model.parameters(), run.model.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs)
+    # No name of a wrapper gets into a checkpoint.
+    assert set(run.model.state_dict()) == set(train.build(s).state_dict())
 
 
-# --- several processes ---
-
-def log_of(folder, command):
-    flags = ["--preset", "tiny", "--device", "cpu", "--chunk", "2", "--pretrain_steps", "6", "--finetune_steps", "6", "--smallest_object", "0.24", "--out", str(folder)]
-    done = subprocess.run([*command, str(ROOT / "train.py"), *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with open(folder / "log.csv") as stream:
-        return list(csv.DictReader(stream))
+def test_only_a_run_that_asks_for_it_is_compiled(compiler, capsys):
+    run = train.Run(small())
+    assert machine.compiled(run.model, run.settings) is run.model
+    assert compiler == [] and capsys.readouterr().out == ""
 
 
-def test_two_processes_have_the_loss_curve_of_one(tmp_path):
-    """torchrun with gloo on the CPU: the same seed and the same batches, over both phases, with tuples of 2 and 3 views."""
+def test_without_a_compiler_it_trains_uncompiled_and_says_so_once(monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    run = train.Run(small(compile=1))
+    assert machine.compiled(run.model, run.settings) is run.model
+    [said] = capsys.readouterr().out.splitlines()
+    assert "a C compiler" in said and "uncompiled" in said
+
+
+@pytest.mark.parametrize("model", ["dit", "unet"])
+def test_torch_compile_takes_the_network_in_one_piece(model):
+    """torch's own tracing of the code; its code generator takes minutes on a CPU."""
+    s = small(model)
+    network = train.build(s)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.05)                    # away from a head of 0
+    x = torch.randn(2, 3, PIXELS, PIXELS)
+    inputs = (x, torch.rand(2), torch.ones(2, 12, dtype=torch.long))
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*inputs), network(*inputs))
+
+
+# --- Several processes ----------------------------------------------------------------------------
+
+FLAGS = ["--preset", "tiny", "--device", "cpu", "--pixels", PIXELS, "--pretrain_steps", 4,
+         "--eval_images", 2, "--sample_steps", 1, "--chunk", 2, "--smallest_object", 0.24]
+
+
+def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch):
+    """torchrun on the CPU: the same seed and batches, with tuples of two and of three views."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = [str(flag) for flag in FLAGS]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    one, two = log_of(tmp_path / "one", [sys.executable]), log_of(tmp_path / "two", torchrun)
-    assert [row["step"] for row in one] == [row["step"] for row in two] == ["2", "4", "6", "8", "10", "12"]
-    for a, b in zip(one, two):
+    command = [*torchrun, ROOT / "train.py", *flags, "--out", two]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, encoding="utf-8",
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (two / "report.json").exists()
+    # Of the two processes the first alone speaks.
+    assert done.stdout.count("fine-tuning: arm") == 1 and done.stdout.count("step 2/8") == 1
+
+    monkeypatch.setattr(report, "report", lambda *_: None)
+    train.main([*flags, "--out", str(one)])
+    ours, theirs = book.read_log(one), book.read_log(two)
+    for log in (ours, theirs):
+        assert [row["step"] for row in log] == ["2", "4", "6", "8"]
+    for a, b in zip(ours, theirs):
         for name in ("loss", "grad_norm", "val_loss_macro", "val_error_micro"):
-            assert a[name] == b[name] == "" or float(a[name]) == pytest.approx(float(b[name]), rel=1e-4), (a["step"], name)
-    assert (tmp_path / "two/report.json").exists()                         # written once, by the first
+            same = a[name] == b[name] == ""
+            assert same or float(a[name]) == pytest.approx(float(b[name]), rel=1e-4), name
+
+
+def test_the_shares_of_two_processes_are_the_step_of_one(monkeypatch):
+    """The mean of their gradients, as DistributedDataParallel makes it; by hand, in one process."""
+    run = train.Run(small(batch=5))
+    batch = train.draw_batch(run, 1)
+
+    def gradient_of(x0, e, t, tokens, a):
+        run.optimizer.zero_grad()
+        loss = (a * train.fm.loss(run.model, x0, e, t, tokens)).sum()
+        loss.backward()
+        return gradient_in(run.model)
+
+    def share(rank):
+        monkeypatch.setattr(machine, "processes", lambda: 2)
+        monkeypatch.setattr(machine, "rank", lambda: rank)
+        return machine.my_share(*batch)
+
+    whole = gradient_of(*batch)
+    shares = [share(rank) for rank in (0, 1)]
+    assert sorted(len(a) for *_, a in shares) == [2, 3]
+    mean = (gradient_of(*shares[0]) + gradient_of(*shares[1])) / 2
+    precision = 100 * torch.finfo(torch.float32).eps
+    assert (mean - whole).norm() < precision * whole.norm()
+    assert (gradient_of(*shares[0]) - whole).norm() > 100 * precision * whole.norm()
+
+
+class Exchanging(torch.nn.Linear):
+    """Notes at each backward pass whether DistributedDataParallel would exchange gradients."""
+
+    def __init__(self):
+        super().__init__(2, 1)
+        self.quiet, self.exchanged = False, []
+        self.weight.register_hook(self.note)
+
+    def note(self, gradient):
+        self.exchanged.append(not self.quiet)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.quiet = True
+        yield
+        self.quiet = False
 
 
 def test_gradients_are_exchanged_once_a_step(monkeypatch):
-    """Parts of a step but the last are under no_sync; a twin without it exchanges at each of them."""
-    import contextlib
-    seen = []
+    monkeypatch.setattr(machine, "processes", lambda: 2)
+    network = Exchanging()
+    a = torch.ones(2) / 6
+    parts = [((torch.randn(2, 2),), a) for _ in range(3)]
 
-    class Network(torch.nn.Linear):
-        quiet = False
+    def losses(x):
+        return network(x).square()[:, 0]
 
-        @contextlib.contextmanager
-        def no_sync(self):
-            self.quiet = True
-            yield
-            self.quiet = False
-
-    network = Network(2, 1)
-    network.register_full_backward_hook(lambda *_: seen.append(network.quiet))
-    parts = [((torch.randn(2, 2),), torch.ones(2) / 6) for _ in range(3)]
-    for quiet, exchanges in ((network.no_sync, 1), (contextlib.nullcontext, 3)):
-        seen.clear()
-        train.sga.deferred_backward(lambda x: network(x).square()[:, 0], parts, quiet)
-        assert len(seen) == 3 and seen.count(False) == exchanges and not seen[-1]
+    sga.deferred_backward(losses, parts, lambda: machine.without_exchange(network))
+    assert network.exchanged == [False, False, True]
+    network.exchanged.clear()
+    sga.deferred_backward(losses, parts)                           # the twin without it
+    assert network.exchanged == [True, True, True]
 
 
-# --- no step makes a GPU wait for its host ---
+def test_a_step_of_a_run_exchanges_once(monkeypatch):
+    entered = []
 
-class Waits(Exception):
-    pass
+    @contextlib.contextmanager
+    def without_exchange(network):
+        entered.append(network)
+        yield
 
-
-class NoWaiting(TorchDispatchMode):
-    """Raises Waits where a GPU would have to be waited for: a number is read, a size depends on values, a list becomes a tensor."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal", "lift_fresh", "is_nonzero")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0]
-        masked = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
-        if name in self.NAMES or masked:
-            raise Waits(name)
-        return func(*args, **kwargs or {})
-
-
-def steps_without_waiting(s, monkeypatch):
-    run, plan = train.Run(s), train.make_plan(s)
-    for step in range(2):                                                  # tables are copied to the device once, at the first use
-        run.train_step(plan)
-    if run.step == s.pretrain_steps:
-        run.begin_finetuning()
-    run.train_step(plan)
-    def refuse(*_):
-        raise Waits("tolist")
-    with monkeypatch.context() as patch, NoWaiting():
-        patch.setattr(torch.Tensor, "tolist", refuse)
-        run.train_step(plan)
-
-
-@pytest.mark.parametrize("pretrain_steps", [2, 10])
-@pytest.mark.parametrize("model, arm", [("dit", "sga"), ("unet", "sga"), ("dit", "global")])
-def test_no_step_waits_for_the_gpu(monkeypatch, model, arm, pretrain_steps):
-    steps_without_waiting(small(model, arm=arm, pretrain_steps=pretrain_steps, objects=2, pixels=32), monkeypatch)
-
-
-def tokens_by_text(scenes, granularity):
-    return train.toy_data.tokenize(train.toy_data.captions(scenes, [train.GRANULARITIES[g] for g in granularity.tolist()]))
-
-
-def read_the_norm(*arguments, clip=torch.nn.utils.clip_grad_norm_):
-    norm = clip(*arguments)
-    return norm if norm.item() > 0 else norm
-
-
-@pytest.mark.parametrize("where, name, twin", [(train.toy_data, "caption_tokens", tokens_by_text), (torch.nn.utils, "clip_grad_norm_", read_the_norm),
-                                               (train.toy_data, "constant", lambda table, device: torch.tensor(table, device=device) if isinstance(table, tuple) else table)])
-def test_twins_that_wait_are_noticed(monkeypatch, where, name, twin):
-    monkeypatch.setattr(where, name, twin)
-    with pytest.raises(Waits):
-        steps_without_waiting(small(), monkeypatch)
+    monkeypatch.setattr(machine, "without_exchange", without_exchange)
+    run = train.Run(small(chunk=2))
+    run.train_step()
+    assert entered == [run.network] * 2                            # of three parts, all but one

@@ -1,6 +1,7 @@
-"""The scenes, their captions and finite populations; the renderer against its own boxes and closed-form areas; the reader."""
+"""Scenes, captions, finite populations; the renderer by areas and crops; the reader undoes it."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,184 +9,411 @@ from torchvision.transforms.functional import resize, resized_crop
 
 import toy_data as toy
 
-EVERYTHING = [(domain, split) for domain in toy.DOMAINS for split in ("seen", "held_out")]
+EPS = torch.finfo(torch.float32).eps
+WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])            # a box around all of a scene
 
 
-def draw(n, domain="base", split="seen", objects=1, seed=0):
+def sample(n, domain="base", split="seen", objects=1, seed=0):
     return toy.sample_scenes(n, torch.Generator().manual_seed(seed), domain, split, objects)
 
 
 def one(shape=0, colour=0, texture=0, place=4, background=0, nuisance=(0.0, 0.0, 0.26)):
-    return toy.Scenes(torch.tensor([[[shape, colour, texture, place]]]), torch.tensor([background]), torch.tensor([nuisance]))
+    objects = torch.tensor([[[shape, colour, texture, place]]])
+    return toy.Scenes(objects, torch.tensor([background]), torch.tensor([nuisance]))
 
 
 def view(scenes, granularity, pixels=24):
-    return toy.render(scenes, toy.view_boxes(scenes, granularity), pixels)
+    return toy.views(scenes, granularity, pixels)[0]
 
 
-# --- scenes and captions ---
+def noise_like(images, seed=1):
+    return torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rms(images):
+    return images.square().mean((1, 2, 3)).sqrt()
+
+
+# --- Scenes ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("domain", toy.DOMAINS)
 def test_held_out_combinations_are_new_but_each_pair_in_them_is_known(domain):
-    seen, held_out = (set(map(tuple, toy.combinations(domain, split).tolist())) for split in ("seen", "held_out"))
+    seen = set(map(tuple, toy.combinations(domain, "seen").tolist()))
+    held_out = set(map(tuple, toy.combinations(domain, "held_out").tolist()))
     shapes, textures, _ = toy.DOMAINS[domain]
-    assert seen and held_out and not seen & held_out and len(seen | held_out) == shapes * 4 * textures
+    assert seen and held_out and not seen & held_out
+    assert len(seen | held_out) == shapes * 4 * textures
     for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert {(row[a], row[b]) for row in held_out} <= {(row[a], row[b]) for row in seen}
+        pairs = {(row[a], row[b]) for row in seen}
+        assert {(row[a], row[b]) for row in held_out} <= pairs
 
 
 def test_domains_differ_where_they_should():
-    base, target = (draw(3000, domain) for domain in toy.DOMAINS)
-    sizes = [len(base.objects[:, 0, k].unique()) for k in range(4)]
-    assert sizes == [3, 4, 3, 9] and [len(target.objects[:, 0, k].unique()) for k in range(4)] == [4, 4, 4, 9]
+    base, target = sample(3000, "base"), sample(3000, "target")
+    assert [len(column.unique()) for column in base.objects[:, 0].T] == [3, 4, 3, 9]
+    assert [len(column.unique()) for column in target.objects[:, 0].T] == [4, 4, 4, 9]
     assert not set(base.background.tolist()) & set(target.background.tolist())
 
 
 def test_scenes_are_seeded():
-    assert all(torch.equal(a, b) for a, b in zip(draw(9, seed=3), draw(9, seed=3)))
-    assert not torch.equal(draw(9, seed=3).objects, draw(9, seed=4).objects)
-
-
-@pytest.mark.parametrize("arguments, words", [(("moon", "seen", 1), "base, target"), (("base", "new", 1), "seen, held_out"), (("base", "seen", 3), "1 or 2")])
-def test_wrong_requests_name_what_is_allowed(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        draw(1, *arguments)
-
-
-def test_captions_read_as_promised():
-    scene = one(shape=0, colour=0, texture=1, place=0)
-    assert [toy.captions(scene, g)[0] for g in toy.GRANULARITIES] == [
-        "macro red striped circle top left on white", "meso red striped circle on white", "micro red striped on white"]
-    two = toy.Scenes(torch.tensor([[[1, 2, 0, 11], [0, 3, 2, 12]]]), torch.tensor([1]), torch.zeros(1, 3))
-    assert toy.captions(two, "macro") == ["macro blue plain square above yellow checked circle on black"]
-
-
-@pytest.mark.parametrize("objects", [1, 2])
-def test_tokens_keep_every_word_of_every_caption(objects):
-    texts = [text for domain in toy.DOMAINS for g in toy.GRANULARITIES for text in toy.captions(draw(200, domain, objects=objects), g)]
-    back = [" ".join(toy.WORDS[k] for k in row if k) for row in toy.tokenize(texts).tolist()]
-    assert back == texts
-
-
-@pytest.mark.parametrize("objects", [1, 2])
-def test_tokens_from_tables_are_those_of_the_texts(objects):
-    for domain in toy.DOMAINS:
-        scenes = draw(300, domain, objects=objects)
-        granularity = torch.arange(300) % 3
-        texts = toy.captions(scenes, [toy.GRANULARITIES[g] for g in granularity])
-        assert torch.equal(toy.caption_tokens(scenes, granularity), toy.tokenize(texts))
-        twin = toy.caption_tokens(scenes, (granularity + 1) % 3)
-        assert (twin != toy.tokenize(texts)).any(1).all()
-
-
-def test_bad_captions_name_the_word():
-    with pytest.raises(ValueError, match="unknown word 'purple'.*red"):
-        toy.tokenize(["macro red plain circle top left on white", "macro purple circle"])
-    with pytest.raises(ValueError, match="'<pad>'"):
-        toy.tokenize(["<pad> red"])
-    with pytest.raises(ValueError, match="13 words"):
-        toy.tokenize(["red " * 13])
+    first, again, other = sample(9, seed=3), sample(9, seed=3), sample(9, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(first.objects, other.objects)
 
 
 @pytest.mark.parametrize("granularity", toy.GRANULARITIES)
 def test_the_population_of_a_caption(granularity):
-    scenes = draw(6, "target")
+    scenes = sample(6, "target")
     everything = toy.population(scenes)
-    assert toy.captions(everything, granularity) == [text for text in toy.captions(scenes, granularity) for _ in range(18)]
+    texts = toy.captions(scenes, granularity)
+    assert toy.captions(everything, granularity) == [text for text in texts for _ in range(18)]
     images = view(everything, granularity).unflatten(0, (6, 18))
-    truth = view(scenes, granularity)
-    assert ((images - truth[:, None]).abs().amax((2, 3, 4)) == 0).any(1).all()     # the scene itself is in it
+    truth = view(scenes, granularity)[:, None]
+    itself = (images - truth).abs().amax((2, 3, 4)) == 0
+    assert itself.any(1).all()
+    assert not itself.roll(1, 0).eq(itself).all()       # twin: not the same for all
 
+
+def test_views_take_a_name_or_names_or_indices():
+    scenes = sample(3, "target")
+    images, tokens = toy.views(scenes, torch.tensor([2, 2, 0]), 10)
+    again, same = toy.views(scenes, ["micro", "micro", "macro"], 10)
+    assert torch.equal(images, again) and torch.equal(tokens, same)
+    for granularity, rows in (("micro", [0, 1]), ("macro", [2])):
+        alone, words = toy.views(scenes, granularity, 10)
+        assert torch.equal(alone[rows], images[rows]) and torch.equal(words[rows], tokens[rows])
+    assert not torch.equal(toy.views(scenes, "meso", 10)[0], images)        # twin
+
+
+# --- Captions -------------------------------------------------------------------------------------
+
+def told(scenes, i, granularity):
+    """The caption of scene i as a text, without tokens: the second route."""
+    background = list(toy.BACKGROUNDS)[scenes.background[i]]
+    named = []
+    for shape, colour, texture, _ in scenes.objects[i].tolist():
+        named.append((list(toy.COLOURS)[colour], toy.TEXTURES[texture], toy.SHAPES[shape]))
+    colour, texture, shape = named[0]
+    if granularity == "micro":
+        return f"micro {colour} {texture} on {background}"
+    if granularity == "meso":
+        return f"meso {colour} {texture} {shape} on {background}"
+    place = list(toy.PLACES)[scenes.objects[i, 0, 3]]
+    other = " ".join(["", *named[1]]) if len(named) == 2 else ""
+    return f"macro {colour} {texture} {shape} {place}{other} on {background}"
+
+
+def test_captions_read_as_promised():
+    scene = one(shape=0, colour=0, texture=1, place=0)
+    assert toy.captions(scene, "macro") == ["macro red striped circle top left on white"]
+    assert toy.captions(scene, "meso") == ["meso red striped circle on white"]
+    assert toy.captions(scene, "micro") == ["micro red striped on white"]
+    objects = torch.tensor([[[1, 2, 0, 11], [0, 3, 2, 12]]])
+    two = toy.Scenes(objects, torch.tensor([1]), torch.zeros(1, 3))
+    text = "macro blue plain square above yellow checked circle on black"
+    assert toy.captions(two, "macro") == [text]
+
+
+@pytest.mark.parametrize("objects", [1, 2])
+@pytest.mark.parametrize("domain", toy.DOMAINS)
+def test_captions_and_tokens_are_the_same_words(domain, objects):
+    scenes = sample(300, domain, objects=objects)
+    names = [toy.GRANULARITIES[i % 3] for i in range(300)]
+    texts = [told(scenes, i, name) for i, name in enumerate(names)]
+    assert toy.captions(scenes, names) == texts
+    tokens = toy.caption_tokens(scenes, torch.arange(300) % 3)
+    assert torch.equal(tokens, toy.tokenize(texts))
+    twin = toy.caption_tokens(scenes, (torch.arange(300) + 1) % 3)
+    assert (twin != tokens).any(1).all()
+
+
+def test_bad_captions_name_the_word():
+    good = "macro red plain circle top left on white"
+    with pytest.raises(ValueError, match="unknown word 'purple'.*red"):
+        toy.tokenize([good, "macro purple circle"])
+    with pytest.raises(ValueError, match="'<pad>'"):
+        toy.tokenize(["<pad> red"])
+    with pytest.raises(ValueError, match="13 words"):
+        toy.tokenize(["red " * 13])
+    null = ""
+    assert toy.tokenize([good, null]).count_nonzero(1).tolist() == [8, 0]
+
+
+def test_the_grammar_is_that_of_the_captions():
+    """Every caption of the data passes; with a word less, one twice or two exchanged none."""
+    for objects, granularity in ((1, "macro"), (2, "macro"), (1, "meso"), (2, "micro")):
+        for text in toy.captions(sample(30, "target", objects=objects), granularity):
+            words = text.split()
+            assert toy.grammar_error(text) == ""
+            for i in range(len(words)):
+                without, twice = words[:i] + words[i + 1:], words[:i + 1] + words[i:]
+                assert toy.grammar_error(" ".join(without)) and toy.grammar_error(" ".join(twice))
+            for i in range(len(words) - 1):
+                swapped = words[:i] + [words[i + 1], words[i]] + words[i + 2:]
+                assert toy.grammar_error(" ".join(swapped))
+
+
+@pytest.mark.parametrize("text, wrong", [
+    ("macro red on white", "lacks a texture, a shape and a place;"),
+    ("meso red plain circle white", "lacks the word 'on';"),
+    ("macro red circle left of blue plain square on white", "lacks a texture;"),
+    ("macro red plain circle top on white", "has 'top' where a place belongs (allowed: top left,"),
+    ("micro purple plain on white", "has 'purple' where a colour belongs"),
+    ("micro plain red on white", "has 'plain' where a colour belongs"),
+    ("macro red plain circle top left blue plain square on white", "has 'blue' where the word"),
+    ("micro red plain on white white", "goes on after its end with 'white'"),
+    ("red plain on white", "must start with macro, meso or micro"),
+    ("", "must start with")])
+def test_what_is_wrong_in_a_caption_is_said(text, wrong):
+    error = toy.grammar_error(text)
+    assert wrong in error and "\n" not in error
+    example = error.split("for example: ")[1]
+    assert toy.grammar_error(example) == ""
+
+
+# --- Wrong requests -------------------------------------------------------------------------------
+
+def wrong_requests():
+    """[(words of the sentence, function, its arguments)]"""
+    scenes, images = sample(3), torch.zeros(3, 3, 8, 8)
+    fewer = scenes._replace(background=scenes.background[:2])
+    flat = scenes._replace(nuisance=scenes.nuisance[:, :2])
+    three = scenes._replace(objects=scenes.objects.repeat(1, 3, 1))
+    requests = []
+    for wrong, words in ((fewer, "(2,)"), (flat, "(3, 2)"), (three, "(3, 3, 4)")):
+        requests.append((words, toy.views, (wrong, "macro", 8)))
+        requests.append((words, toy.captions, (wrong, "macro")))
+        requests.append((words, toy.population, (wrong,)))
+    generator = torch.Generator()
+    return requests + [
+        ("base, target", toy.sample_scenes, (1, generator, "moon")),
+        ("seen, held_out", toy.sample_scenes, (1, generator, "base", "new")),
+        ("1 or 2 objects", toy.sample_scenes, (1, generator, "base", "seen", 3)),
+        ("macro, meso, micro", toy.views, (scenes, "mega", 8)),
+        ("macro, meso, micro", toy.captions, (scenes, ["macro", "mega", "meso"])),
+        ("each of the 3 scenes", toy.views, (scenes, torch.tensor([0, 1]), 8)),
+        ("each of the 3 scenes", toy.captions, (scenes, ["macro"])),
+        ("torch.float32", toy.view_boxes, (scenes, torch.rand(3))),
+        ("0 (macro), 1 (meso) or 2", toy.caption_tokens, (scenes, torch.tensor([0, 1, 3]))),
+        ("0 (macro), 1 (meso) or 2", toy.view_boxes, (scenes, torch.tensor([0, 1, -1]))),
+        ("pixels must be", toy.views, (scenes, "macro", 0)),
+        ("pixels must be", toy.views, (scenes, "macro", 8.5)),
+        ("3 scenes need boxes", toy.render, (scenes, WHOLE, 8)),
+        ("(n, 3, pixels, pixels)", toy.read, (images[:, :2],)),
+        ("(n, 3, pixels, pixels)", toy.read, (images[..., :4],)),
+        ("macro, meso, micro", toy.read, (images, "mega")),
+        ("1 or 2 objects", toy.read, (images, "macro", 3)),
+        ("2 images cannot show 3 scenes", toy.accuracies, (images[:2], scenes)),
+        ("at least one caption", toy.tokenize, ([],)),
+        ("list of", toy.tokenize, ("macro red",)),
+    ]
+
+
+@pytest.mark.parametrize("words, function, arguments", wrong_requests())
+def test_wrong_requests_name_what_is_allowed(words, function, arguments):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        function(*arguments)
+
+
+# --- Renderer -------------------------------------------------------------------------------------
 
 def test_a_close_up_shows_nothing_that_its_caption_does_not_name():
+    """Places, and in a micro view shapes, change an image by rounding only."""
     for texture in range(4):
-        micro = [view(one(shape, 1, texture, place, 2), "micro") for shape in range(4) for place in range(9)]
-        assert max((image - micro[0]).abs().max() for image in micro) < 1e-4       # places differ by rounding only
-    meso = [view(one(2, 1, 1, place, 2), "meso") for place in range(9)]
-    assert max((image - meso[0]).abs().max() for image in meso) < 1e-4
+        scenes = [one(shape, 1, texture, place, 2) for shape in range(4) for place in range(9)]
+        micro = torch.cat([view(scene, "micro") for scene in scenes])
+        assert (micro - micro[0]).abs().max() < rounding("micro")
+    meso = torch.cat([view(one(2, 1, 1, place, 2), "meso") for place in range(9)])
+    assert (meso - meso[0]).abs().max() < rounding("meso")
+    twin = view(one(2, 1, 1, 0, 2, nuisance=(0.001, 0.0, 0.26)), "meso")
+    assert (twin - meso[0]).abs().max() > rounding("meso")
 
 
-# --- renderer ---
+def rounding(granularity, pixels=24):
+    """How far float32 may take a view's values off.
+
+    A pixel's middle is rounded a few times at values up to 1. In sides of a pixel, which is what
+    the coverage depends on, that is larger by their number in a scene's width. Two colours
+    differ by 2 at most.
+    """
+    side = 2 * toy.HALF_SIDE[toy.GRANULARITIES.index(granularity)] * toy.PAIR_SCALE / pixels
+    return (8 * EPS * 2 / side).item()
+
 
 @pytest.mark.parametrize("granularity, pixels", [("meso", 24), ("micro", 24), ("meso", 32)])
 def test_a_view_is_the_crop_of_its_box(granularity, pixels):
-    large = 2400
+    large = 600                                         # the boxes' corners are whole numbers
     for shape, texture in ((0, 1), (1, 2), (2, 0), (3, 3)):
-        scene = one(shape, 2, texture, place=4, background=3, nuisance=(0.03, -0.03, 0.22))
-        x0, y0, x1, y1 = (toy.view_boxes(scene, granularity)[0] * large).round().int().tolist()
-        whole = view(scene, "macro", large)
-        crop = lambda off: resized_crop(whole, y0 + off, x0 + off, y1 - y0, x1 - x0, [pixels, pixels], antialias=True)
-        gap = lambda other: (view(scene, granularity, pixels) - other).abs().mean()
-        assert gap(crop(0)) < 0.04
-        if texture:                                                                # twin: a crop off by a tenth of its side
-            assert gap(crop((x1 - x0) // 10)) > 1.5 * gap(crop(0))
+        scene = one(shape, 2, texture, background=3, nuisance=(0.03, -0.03, 0.22))
+        box = toy.view_boxes(scene, granularity)[0] * large
+        left, top, right, bottom = box.round().int().tolist()
+        width, height = right - left, bottom - top
+        whole, small = view(scene, "macro", large), view(scene, granularity, pixels)
+
+        def gap(shift):
+            """Of the view from the crop of a large image that is off by this much."""
+            crop = resized_crop(whole, top + shift, left + shift, height, width, [pixels, pixels],
+                                antialias=True)
+            return (small - crop).abs().mean()
+        assert gap(0) < 0.04
+        if texture:
+            assert gap(width // 10) > 1.5 * gap(0)      # twin: a tenth off
 
 
 def test_small_images_are_the_average_of_large_ones():
-    scenes = draw(20, "target")
-    assert (view(scenes, "macro") - resize(view(scenes, "macro", 240), [24, 24], antialias=True)).abs().mean() < 0.02
+    scenes = sample(20, "target")
+    small = resize(view(scenes, "macro", 240), [24, 24], antialias=True)
+    assert (view(scenes, "macro") - small).abs().mean() < 0.02
+    assert (view(scenes, "macro") - small.flip(3)).abs().mean() > 0.02      # twin
 
 
-@pytest.mark.parametrize("shape, area", [(0, math.pi), (1, 1.9**2), (2, 3**0.5 * 1.92**2 / 3), (3, 4 - 1)])
+@pytest.mark.parametrize("shape, area", [
+    (0, math.pi),                                       # a circle
+    (1, 1.9**2),                                        # a square of half side 0.95
+    (2, 3 * 3**0.5 * 0.64**2),                          # an equilateral triangle of inradius 0.64
+    (3, 2 * 2 - 1)])                                    # two bars of 1 x 2 that share 1 x 1
 def test_areas_of_plain_shapes(shape, area):
-    """In radii: a circle, a square of half side .95, a triangle of inradius .64 (area 3 sqrt 3 r^2), a cross of two 1 x 2 bars."""
     r = 0.26
-    covered = toy.coverage(one(shape, nuisance=(0.0, 0.0, r)), torch.tensor([[0.0, 0.0, 1.0, 1.0]]), 400).mean() / r**2
+    covered = toy.coverage(one(shape, nuisance=(0.0, 0.0, r)), WHOLE, 400).mean() / r**2
     assert abs(covered - area) < 0.02
 
 
-def test_colours_position_and_nuisance_are_where_they_should_be():
-    image = view(one(1, 0, 0, place=2, background=1), "macro", 100)[0]             # red plain square, top right, on black
-    assert torch.allclose(image[:, 30, 70], torch.tensor([1.0, -0.8, -0.8])) and torch.allclose(image[:, 80, 20], torch.tensor([-1.0] * 3))
-    centre = lambda nuisance: [(toy.coverage(one(1, nuisance=nuisance), torch.tensor([[0.0, 0.0, 1.0, 1.0]]), 100)[0, 0]
-                                * (torch.arange(100) + 0.5).view(shape)).sum() for shape in ((1, 100), (100, 1))]
-    (x, y), (x2, y2) = centre((0.0, 0.0, 0.22)), centre((0.03, -0.03, 0.22))
-    assert x2 > x and y2 < y
+def test_colours_are_where_they_should_be():
+    red_square_top_right = one(1, 0, 0, place=2, background=1)
+    image = view(red_square_top_right, "macro", 100)[0]
+    assert torch.equal(image[:, 80, 20], torch.tensor(toy.BACKGROUNDS["black"]))
+    torch.testing.assert_close(image[:, 30, 70], torch.tensor(toy.COLOURS["red"]))
 
 
-# --- reader ---
+def test_the_nuisance_moves_and_enlarges_the_object():
+    def moments(nuisance):
+        """Area and centre of mass of a square, in widths of the scene."""
+        m = toy.coverage(one(1, nuisance=nuisance), WHOLE, 100)[0, 0]
+        middles = (torch.arange(100) + 0.5) / 100
+        return m.mean(), (m.sum(0) * middles).sum() / m.sum(), (m.sum(1) * middles).sum() / m.sum()
+
+    area, x, y = moments((0.0, 0.0, 0.22))
+    larger, moved_x, moved_y = moments((0.03, -0.03, 0.26))
+    assert abs(larger / area - (0.26 / 0.22) ** 2) < 0.01
+    assert abs(moved_x - x - 0.03) < 1e-3 and abs(moved_y - y + 0.03) < 1e-3
+
+
+# --- Reader ---------------------------------------------------------------------------------------
 
 def all_scenes(domain, split):
     """Every combination at random places, backgrounds and nuisances."""
     table = toy.combinations(domain, split)
-    scenes = draw(len(table), domain, split)
+    scenes = sample(len(table), domain, split)
     scenes.objects[:, 0, :3] = table
     return scenes
 
 
-@pytest.mark.parametrize("domain, split", EVERYTHING)
+@pytest.mark.parametrize("split", ["seen", "held_out"])
+@pytest.mark.parametrize("domain", toy.DOMAINS)
 @pytest.mark.parametrize("granularity", toy.GRANULARITIES)
-def test_the_reader_undoes_the_renderer(domain, split, granularity):
+def test_the_reader_undoes_the_renderer(granularity, domain, split):
     scenes = all_scenes(domain, split)
-    found = toy.accuracies(view(scenes, granularity), scenes, granularity)
-    assert found["joint"].all() and found["residual"].max() < 2e-3
-    wrong = scenes._replace(objects=scenes.objects.roll(1, 0))                     # twin: the attributes of another scene
-    assert toy.accuracies(view(scenes, granularity), wrong, granularity)["joint"].float().mean() < 0.5
+    images = view(scenes, granularity)
+    found = toy.accuracies(images, scenes, granularity)
+    assert found["joint"].all() and found["residual"].max() < rounding(granularity)
+    wrong = scenes._replace(objects=scenes.objects.roll(1, 0))    # twin: of another scene
+    assert toy.accuracies(images, wrong, granularity)["joint"].float().mean() < 0.5
 
 
 @pytest.mark.parametrize("domain", toy.DOMAINS)
-def test_the_reader_undoes_the_renderer_for_two_objects_at_32_pixels(domain):
-    scenes = draw(100, domain, objects=2)
+def test_the_reader_undoes_the_renderer_for_two_objects(domain):
+    scenes = sample(100, domain, objects=2)
     for granularity in toy.GRANULARITIES:
-        assert toy.accuracies(view(scenes, granularity, 32), scenes, granularity)["joint"].all()
+        found = toy.accuracies(view(scenes, granularity), scenes, granularity)
+        assert found["joint"].all()
+        # A meso view may show the tip of the other object, which the reader does not know of.
+        if granularity != "meso":
+            assert found["residual"].max() < rounding(granularity)
+    swapped = scenes._replace(objects=scenes.objects.roll(1, 0))  # twin
+    assert not toy.accuracies(view(scenes, "macro"), swapped)["joint"].all()
 
 
-def test_reader_says_which_attribute_is_wrong():
-    images = view(one(0, 0, 1, 0), "macro")                                        # red striped circle, top left
-    found = lambda **change: {k: v.item() for k, v in toy.accuracies(images, one(**{"shape": 0, "colour": 0, "texture": 1, "place": 0} | change)).items() if k != "residual"}
-    right = {"layout": True, "shape_colour": True, "texture": True, "joint": True}
-    assert found() == right
-    assert found(shape=1) == right | {"shape_colour": False, "joint": False} == found(colour=1)
-    assert found(texture=2) == right | {"texture": False, "joint": False}
-    assert found(place=1) == right | {"layout": False, "joint": False} == found(background=1)
+def test_the_reader_says_which_attribute_is_wrong():
+    images = view(one(0, 0, 1, 0), "macro")             # red striped circle, top left
+
+    def wrong(**change):
+        """What the reader does not find of this scene, or of a changed one, in the image."""
+        scene = one(**{"shape": 0, "colour": 0, "texture": 1, "place": 0, **change})
+        found = toy.accuracies(images, scene)
+        del found["residual"]
+        return {name for name, right in found.items() if not right}
+
+    assert wrong() == set()
+    assert wrong(shape=1) == wrong(colour=1) == {"shape_colour", "joint"}
+    assert wrong(texture=2) == {"texture", "joint"}
+    assert wrong(place=1) == wrong(background=1) == {"layout", "joint"}
 
 
-def test_the_residual_is_the_noise_and_tells_scenes_from_others():
-    scenes, generator = draw(50), torch.Generator().manual_seed(1)
-    noise = torch.randn(50, 3, 24, 24, generator=generator)
-    residual = lambda images: toy.accuracies(images, scenes)["residual"]
-    assert torch.allclose(residual(view(scenes, "macro") + 0.3 * noise), 0.3 * noise.square().mean((1, 2, 3)).sqrt(), atol=2e-3)
-    limit = toy.largest_real_residual("macro", 24)
+def choice_tolerance(images, residual):
+    """(n,) how much worse the residual may be when rounding has decided between two fits.
+
+    The energies are sums of squares of image minus background. In float32 they are wrong by a few
+    eps of their size, and the residual is the root of an energy.
+    """
+    size = (images.abs() + 1).square().mean((1, 2, 3))
+    return 16 * EPS * size / (2 * residual)
+
+
+@pytest.mark.parametrize("granularity", toy.GRANULARITIES)
+def test_the_residual_is_that_of_the_best_fit(granularity):
+    """By another route: the found scene with each nuisance in turn, rendered anew."""
+    scenes = sample(20, "target")
+    images = view(scenes, granularity, 12)
+    images = images + 0.5 * noise_like(images)
+    objects, background, residual = toy.read(images, granularity)
+    fits = view(toy.population(toy.Scenes(objects, background, scenes.nuisance)), granularity, 12)
+    best = rms(images.repeat_interleave(18, 0) - fits).view(20, 18).min(1).values
+    tolerance = rounding(granularity, 12) + choice_tolerance(images, residual)
+    assert ((residual - best).abs() < tolerance).all()
+    twins = scenes.take(torch.arange(20).roll(1))
+    others = view(toy.population(twins), granularity, 12)
+    other = rms(images.repeat_interleave(18, 0) - others).view(20, 18).min(1).values
+    assert ((residual - other).abs() > tolerance).any()
+
+
+@pytest.mark.parametrize("granularity", toy.GRANULARITIES)
+def test_a_small_difference_is_not_lost_among_large_numbers(granularity):
+    """Of an image that is off by 0.01 everywhere the residual is 0.01, to rounding."""
+    images = view(all_scenes("base", "seen"), granularity)
+    residual = toy.read(images + 0.01, granularity)[2]
+    assert (residual - 0.01).abs().max() < rounding(granularity)
+    twin = toy.read(images + 0.011, granularity)[2]
+    assert (twin - 0.01).abs().max() > rounding(granularity)
+
+
+@pytest.mark.parametrize("granularity", toy.GRANULARITIES)
+def test_float32_chooses_as_well_as_float64(granularity, monkeypatch):
+    """Noisy images have many fits that are nearly as good as the best."""
+    images = view(sample(40, "target"), granularity, 12)
+    images = images + noise_like(images)
+    exact = toy.read(images.double(), granularity)[2]
+    tolerance = choice_tolerance(images, exact)
+    assert ((toy.read(images, granularity)[2] - exact).abs() < tolerance).all()
+    bank = toy.bank
+
+    def rough_bank(*arguments):
+        """Twin: coverages that are known to a tenth only."""
+        places, known, m = bank(*arguments)
+        return places, known, (10 * m).round() / 10
+
+    monkeypatch.setattr(toy, "bank", rough_bank)
+    assert ((toy.read(images, granularity)[2] - exact).abs() > tolerance).any()
+
+
+def test_the_residual_tells_scenes_from_others():
+    scenes, pixels = sample(50), 12
+    limit = toy.largest_real_residual("macro", pixels)
+    clean = view(scenes, "macro", pixels)
+    noise = noise_like(clean)
     between = scenes._replace(nuisance=scenes.nuisance * torch.tensor([0.5, 0.5, 1.0]))
-    assert (residual(view(between, "macro")) < limit).float().mean() > 0.97
-    assert (residual(noise) > limit).all()
+    real = toy.read(view(between, "macro", pixels))[2]
+    # The reader cannot fit most of them exactly, but well enough.
+    assert real.median() > rounding("macro", pixels)
+    assert (real < limit).float().mean() > 0.97
+    assert (toy.read(clean)[2] < limit).all() and (toy.read(noise)[2] > limit).all()
+    assert (toy.read(clean + 2 * limit * noise)[2] > limit).all()           # twin: too noisy

@@ -1,556 +1,1325 @@
-"""A run of train.py survives whatever stops it, refuses what is wrong in one sentence, and reports what it measured."""
+"""A run of train.py survives whatever stops it, refuses what is wrong in one sentence, and reports
+what it measured; and its steps are those of the method.
+"""
 
+import contextlib
 import csv
-import importlib.util
+import dataclasses
+import importlib
 import json
+import multiprocessing
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import flow_matching as fm
 import ntk
+import sga
+import toy_data
 import train
+from support import book, machine, pictures, report
 
 ROOT = Path(__file__).parent.parent
 CAPTION = "macro red striped circle top left on white"
-
-
-def program(*arguments):
-    """The command line of train.py in a process of its own, with one thread."""
-    return dict(args=[sys.executable, str(ROOT / "train.py"), *map(str, arguments)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+PIXELS = 8
 
 
 def tiny(folder, *more):
-    return ["--preset", "tiny", "--device", "cpu", "--out", str(folder), *map(str, more)]
+    """The flags of a run of 10 steps, 6 of them in the pretraining, with a probe of two roots.
+
+    It has rows and checkpoints at the steps 4, 6 (the end of a phase), 8 and 10.
+    """
+    flags = ["--preset", "tiny", "--device", "cpu", "--pixels", PIXELS, "--probe", 2,
+             "--pretrain_steps", 6, "--every", 4]
+    return [str(flag) for flag in [*flags, "--out", folder, *more]]
 
 
-def tensors(content, prefix=""):
-    """Every leaf of a checkpoint by its path."""
-    if isinstance(content, (dict, list)):
-        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-            yield from tensors(value, f"{prefix}/{key}")
+def settings(**more):
+    """Of a tiny network on small images, for the tests that need no folder."""
+    return train.Settings(**train.TINY | {"pixels": PIXELS} | more)
+
+
+def refused(arguments, *words):
+    """The sentence with which the program refuses these arguments; these words are in it."""
+    with pytest.raises(SystemExit) as refusal:
+        train.main([str(argument) for argument in arguments])
+    sentence = refusal.value.code
+    assert isinstance(sentence, str) and sentence.startswith("train.py: ")
+    assert "\n" not in sentence
+    for word in words:
+        assert word in sentence, sentence
+    return sentence
+
+
+def contents(folder):
+    """The bytes of all files in a folder, by name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def leaves(content, path=""):
+    """Every tensor, number and text of a checkpoint, with its path."""
+    if isinstance(content, dict):
+        entries = content.items()
+    elif isinstance(content, (list, tuple)):
+        entries = enumerate(content)
     else:
-        yield prefix, content
+        yield path, content
+        return
+    for name, value in entries:
+        yield from leaves(value, f"{path}/{name}")
 
 
-def same(a, b):
-    """Whether two checkpoints hold the same, to the bit; the seconds that they took aside."""
-    a, b = (dict(tensors(torch.load(file, weights_only=True))) for file in (a, b))
-    equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-    return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a if k != "/seconds")
+def differing(file, other, aside=("seconds", "images_per_s")):
+    """The paths at which two checkpoints are not the same to the bit, what is aside left out."""
+    one, two = (dict(leaves(torch.load(f, weights_only=True))) for f in (file, other))
+    found = list(one.keys() ^ two.keys())
+    for path in one.keys() & two.keys():
+        a, b = one[path], two[path]
+        equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        if not equal:
+            found.append(path)
+    return sorted(path for path in found if path.split("/")[-1] not in aside)
+
+
+def not_as(folder, other):
+    """What differs between the checkpoints and the rows of two runs; nothing, it is hoped."""
+    found = differing(folder / "checkpoint.pt", other / "checkpoint.pt")
+    found += differing(folder / "pretrained.pt", other / "pretrained.pt")
+    if rows(folder) != rows(other):
+        found.append("log.csv")
+    if book.read_probe(folder) != book.read_probe(other):
+        found.append("probe.jsonl")
+    return found
 
 
 def rows(folder):
-    with open(folder / "log.csv") as stream:
-        return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(stream)]
+    """The rows of the log, without what hangs on the clock."""
+    found = book.read_log(folder)
+    for row in found:
+        del row["images_per_s"]
+    return found
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def step_of(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+
+
+def weights_of(folder):
+    """All weights of a run's checkpoint as one vector."""
+    model = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+    return torch.cat([weight.flatten() for weight in model.values()])
+
+
+@contextlib.contextmanager
+def after_step(number, action):
+    """Within, an action follows this step of any run."""
+    original = train.Run.train_step
+
+    def train_step(run):
+        norm = original(run)
+        if run.step == number:
+            action()
+        return norm
+
+    with patch.object(train.Run, "train_step", train_step):
+        yield
+
+
+def interrupt():
+    """What Ctrl-C does."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def stopped_after(step, folder, *more):
+    """Starts a run in the folder that Ctrl-C stops after a step."""
+    with after_step(step, interrupt):
+        refused(tiny(folder, *more), "interrupted", f"step {step} ")
+
+
+def nothing(*_):
+    pass
+
+
+@pytest.fixture
+def only_training(monkeypatch):
+    """Runs end with their last step: no report is made, which takes longer than the training."""
+    monkeypatch.setattr(report, "report", nothing)
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    monkeypatch.setattr(report, "draw_all", nothing)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a tiny run that nothing has interrupted."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
+    folder = tmp_path_factory.mktemp("runs") / "finished"
     assert train.main(tiny(folder)) is None
     return folder
 
 
-# --- survival ---
+# --- A run survives -------------------------------------------------------------------------------
 
-def test_killed_in_either_phase_and_resumed_it_ends_bit_identical(tmp_path):
-    flags = ["--model", "unet", "--pretrain_steps", 40, "--finetune_steps", 20, "--every", 5]
-    whole = subprocess.Popen(**program(*tiny(tmp_path / "whole", *flags)))
-    killed, resume = tmp_path / "killed", []
-    for step in ("20/", "50/"):                                            # once in the pretraining, once in the fine-tuning
-        run = subprocess.Popen(**program(*tiny(killed, *flags, *resume)))
-        for line in run.stdout:
-            if f"step {step}" in line:
-                run.send_signal(signal.SIGKILL)
-                break
-        assert run.wait() == -signal.SIGKILL
-        resume = ["--resume"]
-    assert subprocess.run(**program("--out", killed, "--resume")).returncode == 0
-    assert "fine-tuned" in whole.communicate()[0] and whole.returncode == 0
-    assert same(tmp_path / "whole/checkpoint.pt", killed / "checkpoint.pt")
-    assert same(tmp_path / "whole/pretrained.pt", killed / "pretrained.pt")
-    assert rows(tmp_path / "whole") == rows(killed)
-    assert json.loads((tmp_path / "whole/report.json").read_text())["rows"] == json.loads((killed / "report.json").read_text())["rows"]
+def kill():
+    """Ends this process at once: no `finally`, no `except`, no clearing up."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("step", [3, 8, 9])                                # between rows, at the end of the first phase, after it
-def test_control_c_saves_and_resuming_goes_on(tmp_path, monkeypatch, finished, step):
-    original = train.Run.train_step
+@contextlib.contextmanager
+def before_writing(name):
+    """Within, the process is killed when a file of this name is written, but not yet in place."""
+    original = os.replace
 
-    def interrupted(run, roots):
-        norm = original(run, roots)
-        if run.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return norm
+    def replace(source, target):
+        if os.path.basename(target) == name:
+            kill()
+        original(source, target)
 
-    monkeypatch.setattr(train.Run, "train_step", interrupted)
-    assert train.main(tiny(tmp_path / "run")) == f"train.py: interrupted: step {step} is saved, go on with --resume"
-    monkeypatch.undo()
-    assert train.load(tmp_path / "run/checkpoint.pt")[1]["step"] == step
-    assert train.main(tiny(tmp_path / "run", "--resume")) is None
-    assert same(tmp_path / "run/checkpoint.pt", finished / "checkpoint.pt") and rows(tmp_path / "run") == rows(finished)
+    with patch.object(os, "replace", replace):
+        yield
 
 
-@pytest.mark.parametrize("forgotten", ["generator", "optimizer", "ema"])
-def test_a_resume_that_forgets_something_is_noticed(tmp_path, monkeypatch, finished, forgotten):
-    """The twin: whatever restore leaves out, the end is another one."""
+def killed(arguments, moment):
+    """The work of a process of its own: the program, until it is killed at the moment."""
+    torch.set_num_threads(1)
+    with moment[0](*moment[1:]):
+        train.main(arguments)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes, each a copy of one in which the libraries are loaded already."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs the processes and signals of Linux or macOS")
+    context = multiprocessing.get_context("forkserver")
+    libraries = ["torch", "torchvision.ops", "torchvision.transforms.v2.functional"]
+    context.set_forkserver_preload([*libraries, "matplotlib.figure", "pytest"])
+    return context
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_bit_identical(tmp_path, processes, finished,
+                                                                without_pictures):
     folder = tmp_path / "run"
-    original = train.Run.train_step
+    moments = [
+        # The step of the checkpoint that each kill leaves behind, and the moment of the kill.
+        (None, before_writing, "checkpoint.pt"),
+        (0, after_step, 3, kill),
+        (0, before_writing, "checkpoint.pt"),
+        (4, before_writing, "log.csv"),
+        (4, before_writing, "pretrained.pt"),
+        (6, before_writing, "probe.jsonl"),
+        (8, after_step, 9, kill),
+        (10, before_writing, "report.json"),
+    ]
+    resume = []
+    for step, *moment in moments:
+        process = processes.Process(target=killed, args=(tiny(folder, *resume), moment))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, moment
+        if step is None:
+            # Nothing was there to resume: the same command is given again.
+            assert list(contents(folder)) == ["checkpoint.pt.tmp"]
+        else:
+            assert step_of(folder) == step
+            resume = ["--resume"]
+    train.main(tiny(folder, "--resume"))
+    assert not_as(folder, finished) == []
+    assert report_of(folder)["rows"] == report_of(finished)["rows"]
+    assert not list(folder.glob("*.tmp"))
 
-    def stopped(run, roots):
-        if run.step == 4:
-            raise train.Stop("here")
-        return original(run, roots)
 
-    monkeypatch.setattr(train.Run, "train_step", stopped)
-    train.main(tiny(folder))
-    monkeypatch.setattr(train.Run, "train_step", original)
+# Between two rows of the log, at the end of the first phase, and after it.
+@pytest.mark.parametrize("step", [3, 6, 7])
+def test_control_c_saves_the_step_and_resuming_goes_on(tmp_path, finished, only_training, step):
+    folder = tmp_path / "run"
+    before = signal.getsignal(signal.SIGINT)
+    with after_step(step, interrupt):
+        sentence = refused(tiny(folder))
+    assert sentence == f"train.py: interrupted: step {step} is saved, go on with --resume"
+    assert signal.getsignal(signal.SIGINT) is before
+    assert step_of(folder) == step
+    train.main(tiny(folder, "--resume"))
+    assert not_as(folder, finished) == []
+
+
+def test_control_c_after_the_training_is_one_sentence(tmp_path, finished, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    monkeypatch.setattr(report, "evaluate", interrupted)
+    refused(tiny(folder, "--resume"), "interrupted", "--resume")
+    assert contents(folder) == contents(finished)
+
+
+def forget_generator(run):
+    run.generator = machine.seeded(run.settings, 0)
+
+
+def forget_optimizer(run):
+    run.new_optimizer()
+
+
+def forget_average(run):
+    run.ema.load_state_dict(train.build(run.settings).state_dict())
+
+
+def forget_weights(run):
+    run.model.load_state_dict(train.build(run.settings).state_dict())
+
+
+def forget_offsets(run):
+    run.offsets = (0.0, 0.0, 0.0)
+
+
+def forget_loss(run):
+    run.loss.fill_(torch.nan)
+
+
+def forget_rows(run):
+    run.log, run.probe = [], []
+
+
+FORGETFUL = [forget_generator, forget_optimizer, forget_average, forget_weights, forget_offsets,
+             forget_loss, forget_rows]
+
+
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory):
+    """The folder of a run that was stopped after its first step of the fine-tuning."""
+    folder = tmp_path_factory.mktemp("runs") / "half_way"
+    stopped_after(7, folder)
+    return folder
+
+
+@pytest.mark.parametrize("forget", FORGETFUL)
+def test_a_resume_that_forgets_something_is_noticed(tmp_path, monkeypatch, finished, half_way,
+                                                    only_training, forget):
+    """The twins: whatever restore leaves out, the end is another one."""
+    folder = tmp_path / "run"
+    shutil.copytree(half_way, folder)
     restore = train.Run.restore
 
     def forgetful(run, content):
         restore(run, content)
-        if forgotten == "generator":
-            run.generator = train.seeded(run.settings, 0)
-        elif forgotten == "optimizer":
-            run.new_optimizer()
-        else:
-            run.ema = train.build(run.settings).requires_grad_(False)
+        forget(run)
 
     monkeypatch.setattr(train.Run, "restore", forgetful)
-    assert train.main(tiny(folder, "--resume")) is None
-    assert not same(folder / "checkpoint.pt", finished / "checkpoint.pt")
+    train.main(tiny(folder, "--resume"))
+    assert not_as(folder, finished) != []
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch, bad):
-    original, calls = train.fm.loss, []
-    def loss(*arguments):
-        calls.append(1)
-        return original(*arguments) * (bad if len(calls) == 6 else 1)
-    monkeypatch.setattr(train.fm, "loss", loss)
-    message = train.main(tiny(tmp_path / "run"))
-    assert message.startswith("train.py: the loss of step 6 or its gradient is not finite") and "--lr" in message
-    content = train.load(tmp_path / "run/checkpoint.pt")[1]
-    assert content["step"] == 4 and all(value.isfinite().all() for value in content["model"].values())
-    monkeypatch.undo()
-    assert train.main(tiny(tmp_path / "run", "--resume")) is None          # and it is good to go on from
+def test_resuming_may_change_what_changes_no_result(tmp_path, monkeypatch, finished, half_way,
+                                                    only_training):
+    compiled = []
+    monkeypatch.setattr(machine, "what_compiling_lacks", lambda device: "")
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    folder = tmp_path / "run"
+    shutil.copytree(half_way, folder)
+    train.main(tiny(folder, "--resume", "--chunk", 2, "--compile", 1))
+    assert len(compiled) == 1
+    content = torch.load(folder / "checkpoint.pt")
+    assert (content["settings"]["chunk"], content["settings"]["compile"]) == (2, 1)
+    ours, theirs, before = (weights_of(run) for run in (folder, finished, half_way))
+    # Rounding errors, against what the resumed steps changed.
+    assert (ours - theirs).norm() < 1e-3 * (theirs - before).norm()
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch, finished):
+# --- What is not finite is named ------------------------------------------------------------------
+
+@contextlib.contextmanager
+def sixth_call(where, name, spoil):
+    """Within, the answer of the sixth call of a function is another one."""
+    original, calls = getattr(where, name), []
+
+    def function(*arguments):
+        calls.append(name)
+        answer = original(*arguments)
+        return spoil(answer) if len(calls) == 6 else answer
+
+    with patch.object(where, name, function):
+        yield
+
+
+def not_a_number(answer):
+    return answer * torch.nan
+
+
+def infinite(answer):
+    return answer * torch.inf
+
+
+def infinite_weight(batch):
+    *others, a = batch
+    return *others, a / torch.tensor([0.0, 1.0, 1.0, 1.0])
+
+
+def steep(loss):
+    """The same loss, whose gradient is not finite: that of a root at 0."""
+    return loss + (loss - loss.detach()).sqrt()
+
+
+# What is spoiled in step 6, by what, and what the sentence must blame.
+SPOILED = [
+    (sga, "offset_time", not_a_number, "a noise level"),
+    (train, "draw_batch", infinite_weight, "a sample's weight in the loss"),
+    (fm, "loss", not_a_number, "the loss"),
+    (fm, "loss", infinite, "the loss"),
+    (fm, "loss", steep, "the gradient"),
+]
+
+
+@pytest.mark.parametrize("where, name, spoil, blamed", SPOILED)
+def test_what_is_not_finite_first_is_named_and_the_checkpoint_kept(tmp_path, where, name, spoil,
+                                                                   blamed):
+    folder = tmp_path / "run"
+    with sixth_call(where, name, spoil):
+        sentence = refused(tiny(folder), f"train.py: {blamed} of step 6 is not finite")
+    # A lower learning rate is advised only where it can help.
+    assert ("--lr" in sentence) == (name == "loss")
+    content = torch.load(folder / "checkpoint.pt")
+    assert content["step"] == 4
+    assert all(weight.isfinite().all() for weight in content["model"].values())
+
+
+def test_a_run_that_was_not_finite_can_be_resumed(tmp_path, finished, only_training):
+    folder = tmp_path / "run"
+    with sixth_call(fm, "loss", not_a_number):
+        refused(tiny(folder), "not finite")
+    train.main(tiny(folder, "--resume"))
+    assert not_as(folder, finished) == []
+
+
+def test_control_c_saves_nothing_that_is_not_finite(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--pretrain_steps", 100, "--every", 100]
+    with sixth_call(fm, "loss", not_a_number), after_step(7, interrupt):
+        refused(tiny(folder, *flags), "the loss of step 6 is not finite")
+    assert step_of(folder) == 0
+
+
+# --- A disk that fills, and memory that runs out --------------------------------------------------
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+def at_fsync(file):
+    return patch.object(os, "fsync", full_disk)
+
+
+def at_replace(file):
+    return patch.object(os, "replace", full_disk)
+
+
+def at_write(file):
+    """What is written to /dev/full meets a full disk."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full, which Linux has")
+    os.symlink("/dev/full", f"{file}.tmp")
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("moment", [at_write, at_fsync, at_replace])
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, half_way, moment):
     file = tmp_path / "checkpoint.pt"
-    run = train.Run(train.load(finished / "checkpoint.pt")[0])
-    run.save(str(file))
-    before = file.read_bytes()
-    def full_disk(content, stream):
-        stream.write(b"half of it")
-        raise OSError(28, "No space left on device", str(file))
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
+    shutil.copy(half_way / "checkpoint.pt", file)
+    run = train.resumed_run({}, tmp_path)
+    run.step += 1
+    before = contents(tmp_path)
+    with moment(file), pytest.raises(OSError, match="No space left") as failure:
         run.save(str(file))
-    assert file.read_bytes() == before
+    assert failure.value.filename == str(file)
+    assert contents(tmp_path) == before
+    run.save(str(file))
+    assert contents(tmp_path) != before                            # the twin that does not fail
 
 
-def test_out_of_memory_names_what_to_lower(tmp_path, monkeypatch):
-    def loss(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train.fm, "loss", loss)
-    assert "lower --batch" in train.main(tiny(tmp_path / "run"))
-    monkeypatch.setattr(train.fm, "loss", lambda *_: torch.empty(10**15))
-    assert "lower --batch" in train.main(tiny(tmp_path / "run2"))
+def test_a_disk_that_fills_is_one_sentence_and_the_run_goes_on_later(tmp_path, finished,
+                                                                     only_training):
+    folder = tmp_path / "run"
+
+    def fill():
+        at_write(folder / "checkpoint.pt")
+
+    with after_step(8, fill):
+        refused(tiny(folder), "checkpoint.pt cannot be read or written: No space left on device")
+    assert step_of(folder) == 6
+    assert not list(folder.glob("*.tmp"))
+    train.main(tiny(folder, "--resume"))
+    assert not_as(folder, finished) == []
 
 
-# --- refusals: one sentence, and nothing overwritten ---
-
-def refused(arguments, *words):
-    message = train.main([str(a) for a in arguments])
-    assert isinstance(message, str) and message.startswith("train.py: ") and "\n" not in message, message
-    for word in words:
-        assert word in message
-    return message
+def test_an_empty_disk_at_the_start_leaves_nothing_behind(tmp_path):
+    folder = tmp_path / "run"
+    with at_fsync(folder):
+        refused(tiny(folder), "No space left on device")
+    assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--colour", "red"], ["--colour"]), (["--batch", "many"], ["--batch", "many"]), (["--batch", "0"], ["--batch", "from 1", "0"]),
-    (["--batch", "1.5"], ["--batch"]), (["--lr", "nan"], ["--lr", "nan"]), (["--lr", "-1"], ["--lr", "-1"]), (["--clip", "inf"], ["--clip", "inf"]),
-    (["--model", "gan"], ["--model", "dit, unet", "gan"]), (["--preset", "huge"], ["--preset", "huge", "tiny"]), (["--objects", "3"], ["--objects", "1, 2"]),
-    (["--patch", "5"], ["patch 5", "pixels 24"]), (["--model", "unet", "--width", "100"], ["width 100"]), (["extra"], ["extra"]),
-    (["--seed", "-1"], ["--seed"]), (["--caption_dropout", "1.1"], ["--caption_dropout", "1.1"]), (["--out"], ["--out"])])
-def test_flags_are_checked(tmp_path, monkeypatch, flags, words):
+class Wanting:
+    """A function that asks for more memory than there is, in various words."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *_):
+        if self.error is None:
+            return torch.empty(10**15)
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [
+    None, MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory")])
+def test_memory_that_runs_out_is_one_sentence_that_names_what_to_lower(tmp_path, monkeypatch,
+                                                                       error):
+    monkeypatch.setattr(fm, "loss", Wanting(error))
+    sentence = refused(tiny(tmp_path / "run"), "out of memory", "--chunk", "--batch")
+    assert sentence.index("--chunk") < sentence.index("--batch")
+
+
+def test_an_error_of_ours_is_not_taken_for_lack_of_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(fm, "loss", Wanting(RuntimeError("shapes do not fit")))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train.main(tiny(tmp_path / "run"))
+
+
+# --- Refusals: one sentence, and nothing overwritten ----------------------------------------------
+
+FLAGS = [
+    # What is typed, and what the refusal must name.
+    ("--colour red", "--colour"),
+    ("--batch many", "--batch many"),
+    ("--batch 0", "--batch from 1 0"),
+    ("--batch 1.5", "--batch"),
+    ("--lr nan", "--lr nan"),
+    ("--lr -1", "--lr -1"),
+    ("--clip inf", "--clip inf"),
+    ("--model gan", "--model dit unet gan"),
+    ("--preset huge", "--preset huge tiny"),
+    ("--objects 3", "--objects 1 2"),
+    ("--patch 5", "patch 5 pixels 24"),
+    ("--model unet --width 100", "width 100"),
+    ("extra", "extra"),
+    ("--seed -1", "--seed"),
+    ("--caption_dropout 1.1", "--caption_dropout 1.1"),
+    ("--out", "--out"),
+    ("--arm best", "--arm best baseline sga"),
+    ("--probe 5", "--probe --roots 4 5"),
+    ("sample", "--checkpoint"),
+]
+
+
+@pytest.mark.parametrize("typed, named", FLAGS)
+def test_flags_are_checked(tmp_path, monkeypatch, typed, named):
     monkeypatch.chdir(tmp_path)
-    refused(["--preset", "tiny", *flags], *words)
+    preset = [] if typed == "sample" else ["--preset", "tiny"]
+    refused([*typed.split(), *preset], *named.split())
     assert not list(tmp_path.iterdir())
 
 
-def test_absent_cuda_is_named(tmp_path, monkeypatch, finished):
+def test_an_absent_gpu_is_named(tmp_path, monkeypatch, finished):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checkpoint = finished / "checkpoint.pt"
     refused(["--device", "cuda"], "cuda")
     refused(["--preset", "gpu"], "cuda")
-    refused(["sample", "--checkpoint", finished / "checkpoint.pt", "--device", "cuda", CAPTION], "cuda")
+    refused(["sample", "--checkpoint", checkpoint, "--device", "cuda", CAPTION], "cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_several_processes_without_a_gpu_the_first_alone_speaks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    refused(["--preset", "tiny", "--device", "cuda"], "cuda")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as refusal:
+        train.main(["--preset", "tiny", "--device", "cuda"])
+    assert refusal.value.code == 1
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_in_use_is_not_touched(tmp_path, finished):
-    before = {file.name: file.read_bytes() for file in finished.iterdir()}
-    refused(tiny(finished), "--resume", "--out")
-    refused(tiny(finished, "--seed", 1, "--resume"), "--seed 0, not 1")
-    refused(tiny(finished, "--model", "unet", "--resume"), "--model dit, not unet")
-    assert before == {file.name: file.read_bytes() for file in finished.iterdir()}
+    before = contents(finished)
+    refused(tiny(finished), "not empty", "--resume", "--out")
+    assert contents(finished) == before
     other = tmp_path / "other"
     other.mkdir()
-    (other / "thesis.txt").write_text("mine")
+    (other / "thesis.txt").write_text("mine", encoding="utf-8")
     refused(tiny(other), "not empty")
-    refused(tiny(other, "--resume"), "cannot be read")
-    assert [file.name for file in other.iterdir()] == ["thesis.txt"]
+    refused(tiny(other, "--resume"), "checkpoint.pt cannot be read")
+    assert contents(other) == {"thesis.txt": b"mine"}
+    refused(tiny(tmp_path / "absent", "--resume"), "checkpoint.pt cannot be read")
+    assert list(tmp_path.iterdir()) == [other]
+
+
+@pytest.mark.parametrize("typed, named", [
+    ("--seed 1", "--seed 0, not 1"),
+    ("--model unet", "--model dit, not unet"),
+    ("--preset cpu", ", not "),
+    ("--preset gpu --device cpu", ", not "),
+    # What a preset decides counts as asked for: this one's images are larger.
+    ("--preset tiny --pixels 24", "--pixels 8, not 24"),
+    ("--finetune_steps 8", "--finetune_steps 4, not 8")])
+def test_a_resume_that_asks_for_another_run_is_refused(finished, typed, named):
+    before = contents(finished)
+    refused(["--out", finished, "--resume", *typed.split()], named)
+    assert contents(finished) == before
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    refused(tiny(tmp_path / "file"), "file")
-    refused(tiny(tmp_path / "file" / "below"), "file")
+    file = tmp_path / "file"
+    file.write_text("mine", encoding="utf-8")
+    refused(tiny(file), "file")
+    refused(tiny(file / "below"), "file")
     refused(tiny("/proc/none"), "/proc/none")
-    assert (tmp_path / "file").read_text() == "mine"
+    assert contents(tmp_path) == {"file": b"mine"}
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "text", "foreign", "a tensor", "a folder", "fields", "version"])
+def truncated(good):
+    return good[:len(good) // 2]
+
+
+DAMAGED = {"truncated": truncated, "empty": lambda good: b"", "text": lambda good: b"hello\n"}
+FOREIGN = {"foreign": {"model": 1}, "tensor": torch.zeros(2),
+           "fields": {"format": train.FORMAT, "settings": {}},
+           "no settings": {"format": train.FORMAT},
+           "version": {"format": train.FORMAT, "settings": {"batches": 4}},
+           "older": {"format": "quadratic geometry of flow matching 2", "settings": {}}}
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", *DAMAGED, *FOREIGN])
 def test_bad_checkpoints_are_named(tmp_path, finished, kind):
-    file, good = tmp_path / "checkpoint.pt", (finished / "checkpoint.pt").read_bytes()
-    if kind in ("truncated", "empty", "text"):
-        file.write_bytes({"truncated": good[:len(good) // 2], "empty": b"", "text": b"hello\n"}[kind])
-    elif kind == "a folder":
+    file = tmp_path / "checkpoint.pt"
+    if kind in DAMAGED:
+        good = (finished / "checkpoint.pt").read_bytes()
+        file.write_bytes(DAMAGED[kind](good))
+    elif kind in FOREIGN:
+        torch.save(FOREIGN[kind], file)
+    elif kind == "folder":
         file.mkdir()
-    elif kind != "missing":
-        torch.save({"foreign": {"model": 1}, "a tensor": torch.zeros(2), "fields": {"format": train.FORMAT, "settings": {}},
-                    "version": dict.fromkeys(train.CONTENT, 0) | {"format": train.FORMAT, "settings": {"batches": 4}}}[kind], file)
-    refused(["sample", "--checkpoint", file, "--out", tmp_path / "out.png", CAPTION], "checkpoint.pt")
+    before = list(tmp_path.iterdir())
+    picture = tmp_path / "out.png"
+    refused(["sample", "--checkpoint", file, "--out", picture, CAPTION], "checkpoint.pt")
     refused(["--resume", "--out", tmp_path], "checkpoint.pt")
     refused(tiny(tmp_path / "new", "--init", file), "checkpoint.pt")
-    assert not (tmp_path / "out.png").exists() and not (tmp_path / "new").exists()
+    assert list(tmp_path.iterdir()) == before
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, finished):
-    file = finished / "pretrained.pt"
-    refused(["sample", "--checkpoint", file, "--model", "unet", "--out", tmp_path / "x.png", CAPTION], "--model dit, not unet")
+    file, picture = finished / "pretrained.pt", tmp_path / "x.png"
+    sample = ["sample", "--checkpoint", file, "--out", picture]
+    refused([*sample, "--model", "unet", CAPTION], "--model dit, not unet")
     refused(tiny(tmp_path / "new", "--model", "unet", "--init", file), "--model dit, not unet")
     refused(tiny(tmp_path / "new", "--width", 48, "--init", file), "--width 24, not 48")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_caption_with_an_unknown_word_is_refused(tmp_path, finished):
-    refused(["sample", "--checkpoint", finished / "checkpoint.pt", "--out", tmp_path / "x.png", CAPTION, "macro purple circle"], "purple", "red")
-    assert not list(tmp_path.iterdir())
+# --- A run's folder has one owner -----------------------------------------------------------------
+
+def asleep(arguments, step, awake):
+    """The work of a process of its own: a run that falls asleep after a step."""
+    def sleep():
+        awake.set()
+        while True:
+            signal.pause()
+
+    torch.set_num_threads(1)
+    with after_step(step, sleep):
+        train.main(arguments)
 
 
-def test_the_exit_status_is_not_zero_and_there_is_no_traceback(tmp_path):
-    done = subprocess.run(**program(*tiny(tmp_path / "run", "--batch", 0)))
-    assert done.returncode == 1 and done.stdout.count("\n") == 1 and "Traceback" not in done.stdout
+def test_a_second_run_in_a_folder_is_refused_and_a_kill_frees_it(tmp_path, processes, finished,
+                                                                 only_training):
+    folder = tmp_path / "run"
+    awake = processes.Event()
+    first = processes.Process(target=asleep, args=(tiny(folder), 5, awake))
+    first.start()
+    try:
+        while not awake.wait(0.1):
+            assert first.is_alive()
+        before = contents(folder)
+        refused(tiny(folder, "--resume"), "another run is at work in", "--out")
+        refused(tiny(folder), str(folder))
+        assert contents(folder) == before
+    finally:
+        first.kill()
+        first.join()
+    train.main(tiny(folder, "--resume"))
+    assert not_as(folder, finished) == []
 
 
-# --- what it computes and reports ---
+def test_of_two_runs_that_start_at_once_the_second_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with book.owned(folder):
+        refused(tiny(folder), "another run is at work in", str(folder))
+    assert not list(folder.iterdir())
+
+    # The first may save and end between the second's look into the folder and its lock.
+    new_run = train.new_run
+
+    def slow(s, folder):
+        run = new_run(s, folder)
+        Path(folder, "checkpoint.pt").write_bytes(b"of the first")
+        return run
+
+    monkeypatch.setattr(train, "new_run", slow)
+    refused(tiny(folder), "not empty")
+    assert contents(folder) == {"checkpoint.pt": b"of the first"}
+
+
+def test_without_the_lock_of_the_operating_system_two_would_own_a_folder(tmp_path, monkeypatch):
+    """The twin: it is the lock that refuses."""
+    with book.owned(tmp_path):
+        with pytest.raises(SystemExit, match="another run"), book.owned(tmp_path):
+            pass
+        monkeypatch.setattr(book.fcntl, "flock", nothing)
+        with book.owned(tmp_path):
+            pass
+
+
+def test_a_folder_is_free_again_after_a_refusal(tmp_path):
+    with pytest.raises(SystemExit), book.owned(tmp_path):
+        book.stop("whatever it is")
+    with book.owned(tmp_path):
+        pass
+
+
+# --- The last stage never throws away the first ---------------------------------------------------
+
+@pytest.fixture
+def quick_report(monkeypatch, finished):
+    """What a report measures is taken from the finished run, and its pictures are blank."""
+    rows = report_of(finished)["rows"]
+
+    def evaluate(model, s, roots, domain, split, view):
+        place = {"domain": domain, "split": split, "view": view}
+        return next(row for row in rows if row.items() >= place.items())
+
+    def savefig(figure, file, **_):
+        Path(file).write_bytes(b"a picture")
+
+    monkeypatch.setattr(report, "evaluate", evaluate)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+
+
+@pytest.mark.parametrize("name", ["samples", "curves", "probe"])
+def test_a_picture_that_fails_leaves_the_report_whole_and_says_so(tmp_path, capsys, monkeypatch,
+                                                                  finished, quick_report, name):
+    def failing(*_):
+        raise ValueError("no font")
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "report.json").unlink()
+    monkeypatch.setattr(pictures, f"draw_{name}", failing)
+    assert train.main(tiny(folder, "--resume")) is None
+    said = [line for line in capsys.readouterr().out.splitlines() if "no font" in line]
+    assert len(said) == 1 and f"{name}.png" in said[0]
+    assert report_of(folder)["rows"]
+    others = {"samples", "curves", "probe"} - {name}
+    assert all((folder / f"{other}.png").read_bytes() == b"a picture" for other in others)
+
+
+def test_an_evaluation_without_a_step_of_fine_tuning_has_its_report(tmp_path, finished,
+                                                                    quick_report):
+    folder = tmp_path / "run"
+    flags = ["--init", finished / "pretrained.pt", "--finetune_steps", 0, "--probe", 0]
+    assert train.main(tiny(folder, *flags)) is None
+    written = {"checkpoint.pt", "pretrained.pt", "log.csv", "report.json", "samples.png"}
+    assert set(contents(folder)) == written
+    assert rows(folder) == []
+
+
+def test_fine_tuning_can_start_from_a_pretrained_checkpoint(tmp_path, finished, only_training):
+    folder = tmp_path / "run"
+    train.main(tiny(folder, "--init", finished / "pretrained.pt"))
+    assert [row["phase"] for row in rows(folder)] == ["finetune"] * 2
+    ours, theirs = (torch.load(run / "pretrained.pt")["ema"] for run in (folder, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_foreign_package_of_the_name_results_or_support_costs_no_work(tmp_path, monkeypatch,
+                                                                        finished, quick_report):
+    """Earlier on the path than ours: either it does not matter, or the import fails at once."""
+    for name in ("results", "support"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("", encoding="utf-8")
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "results", raising=False)
+    assert train.main(tiny(folder, "--resume")) is None
+
+    ours = [name for name in sys.modules if name.split(".")[0] in ("train", "support")]
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name)
+    try:
+        importlib.import_module("train")
+    except ImportError as error:
+        assert "support" in str(error)
+
+
+def program(*arguments, **environment):
+    """train.py in a process of its own: its exit status, and what it printed."""
+    command = [sys.executable, ROOT / "train.py", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, env=environment, encoding="utf-8", errors="replace",
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return done.returncode, done.stdout
+
+
+def test_a_hostile_environment_costs_nothing(tmp_path):
+    """A notebook's backend that is not installed, an ASCII locale, packages of our names."""
+    for name in ("results", "support", "train"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('foreign')", encoding="utf-8")
+    folder = tmp_path / "run"
+    steps = ["--pretrain_steps", 1, "--finetune_steps", 1, "--eval_images", 2, "--probe", 0]
+    status, said = program(*tiny(folder, *steps), PYTHONPATH=str(tmp_path), LC_ALL="C",
+                           PYTHONUTF8="0", PYTHONCOERCECLOCALE="0",
+                           MPLBACKEND="module://matplotlib_inline.not_installed")
+    assert status == 0, said
+    assert {"report.json", "samples.png", "curves.png"} <= set(contents(folder))
+
+
+def test_a_refusal_of_the_script_is_its_exit(tmp_path, monkeypatch):
+    """Python prints the sentence of a SystemExit, and its exit status is 1."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny(tmp_path / "run", "--batch", 0)])
+    with pytest.raises(SystemExit, match="train.py: --batch must be from 1"):
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def test_an_interrupt_during_the_imports_is_no_traceback(tmp_path):
+    """A stand-in for torch is interrupted while it is loaded."""
+    text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / "torch.py").write_text(text, encoding="utf-8")
+    status, said = program(*tiny(tmp_path / "run"), PYTHONPATH=str(tmp_path))
+    assert status != 0
+    assert "Traceback" not in said
+
+
+# --- The report, the log and the probe ------------------------------------------------------------
 
 def test_the_report_holds_what_it_promises(finished):
-    assert {file.name for file in finished.iterdir()} == {"log.csv", "checkpoint.pt", "pretrained.pt", "report.json", "samples.png", "curves.png"}
-    report = json.loads((finished / "report.json").read_text())
-    assert [(row["model"], row["domain"], row["split"], row["view"]) for row in report["rows"]] == [
-        ("pretrained", "base", split, "macro") for split in ("seen", "held_out")] + [
-        ("fine-tuned", "target", split, view) for split in ("seen", "held_out") for view in train.GRANULARITIES]
-    for row in report["rows"]:
+    assert set(contents(finished)) == {"log.csv", "probe.jsonl", "checkpoint.pt", "pretrained.pt",
+                                       "report.json", "samples.png", "curves.png", "probe.png"}
+    for name in ("samples.png", "curves.png", "probe.png"):
+        picture = (finished / name).read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    found = report_of(finished)
+    assert found["settings"] == torch.load(finished / "checkpoint.pt")["settings"]
+    places = []
+    for row in found["rows"]:
+        places.append((row["model"], row["domain"], row["split"], row["view"]))
         assert row["ceiling"] == 1 and row["error"] > 0 and row["floor"] > 0
-        assert abs(row["loss"] - row["error"] - row["floor"]) < 0.05 * row["loss"]      # Eq. 5, up to the sampling of few images
+        low, high = row["interval"]
+        assert low <= row["joint"] <= high
+        # Eq. 5 holds over the population, and over few images nearly.
+        assert row["loss"] == pytest.approx(row["error"] + row["floor"], rel=0.05)
+    views = ("macro", "meso", "micro")
+    splits = ("seen", "held_out")
+    expected = [("pretrained", "base", split, "macro") for split in splits]
+    expected += [("fine-tuned", "target", split, view) for split in splits for view in views]
+    assert places == expected
+
+
+def test_the_log_has_a_row_every_few_steps_and_the_columns_of_its_phase(finished):
+    with open(finished / "log.csv", encoding="utf-8") as stream:
+        assert next(csv.reader(stream)) == report.COLUMNS
     log = rows(finished)
-    assert list(csv.reader(open(finished / "log.csv")))[0] == train.COLUMNS
-    assert [int(row["step"]) for row in log] == [2, 4, 6, 8, 10, 12] and float(log[-1]["lr"]) > 0
-    assert [row["phase"] for row in log] == ["pretrain"] * 4 + ["finetune"] * 2
-    assert log[0]["val_loss_meso"] == "" != log[-1]["val_loss_meso"]
+    assert [int(row["step"]) for row in log] == [4, 6, 8, 10]
+    assert [row["phase"] for row in log] == ["pretrain", "pretrain", "finetune", "finetune"]
+    for row in log:
+        finetuning = row["phase"] == "finetune"
+        assert float(row["loss"]) > 0 and float(row["grad_norm"]) > 0 and float(row["lr"]) > 0
+        for measure in ("loss", "error", "floor"):
+            assert float(row[f"val_{measure}_macro"]) > 0
+            for view in ("meso", "micro"):
+                assert (row[f"val_{measure}_{view}"] != "") == finetuning
+    # Four images in a step of the pretraining, two tuples of three views after it.
+    assert [int(row["images"]) for row in log] == [16, 24, 36, 48]
 
 
-# --- the probe ---
+def test_the_loss_of_the_log_is_a_running_mean_of_the_steps_losses(tmp_path, monkeypatch,
+                                                                   only_training):
+    losses = []
+    deferred_backward = sga.deferred_backward
 
-def test_a_probed_run_is_bit_identical_and_goes_on_after_a_stop(tmp_path, finished):
-    folder = tmp_path / "probed"
-    assert train.main(tiny(folder, "--probe", 2)) is None
+    def noted(*arguments):
+        losses.append(deferred_backward(*arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(sga, "deferred_backward", noted)
+    folder = tmp_path / "run"
+    train.main(tiny(folder, "--probe", 0))
+    mean = losses[0].item()
+    for step, loss in enumerate(losses[1:], 2):
+        mean += 0.02 * (loss.item() - mean)
+    assert float(rows(folder)[-1]["loss"]) == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_probe_changes_nothing_of_a_run(tmp_path, finished, only_training):
+    folder = tmp_path / "run"
+    train.main(tiny(folder, "--probe", 0))
     for name in ("checkpoint.pt", "pretrained.pt"):
-        a, b = (torch.load(run / name, weights_only=True) for run in (folder, finished))
-        assert a["settings"].pop("probe") == 2 and b["settings"].pop("probe") == 0
-        a, b = (dict(tensors(content)) for content in (a, b))
-        assert all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a.keys() - {"/seconds"})
-    assert (folder / "probe.png").stat().st_size > 10000
-    probed = train.read_probe(folder)
-    assert [row["step"] for row in probed] == [0, *(int(row["step"]) for row in rows(folder))]
-    # killed while it wrote the last line, after the checkpoint of step 8
-    (folder / "checkpoint.pt").write_bytes((folder / "pretrained.pt").read_bytes())
-    lines = (folder / "probe.jsonl").read_text()
-    (folder / "probe.jsonl").write_text(lines[:-50])
-    assert train.main([*tiny(folder)[2:], "--resume"]) is None
-    assert train.read_probe(folder) == probed
+        found = differing(folder / name, finished / name)
+        assert {path.split("/")[1] for path in found} == {"settings", "probe"}
+        assert [path for path in found if "settings" in path] == ["/settings/probe"]
+    assert rows(folder) == rows(finished)
+    assert not (folder / "probe.jsonl").exists()
 
 
-@pytest.mark.parametrize("model", ["dit", "unet"])
-def test_the_probe_is_that_of_the_clear_route_at_the_runs_own_weights(tmp_path, model):
-    s = train.parse_settings(tiny(tmp_path, "--model", model, "--probe", 2))[1]
-    run = train.Run(s)
-    for step in range(3):
-        run.train_step(None)
-        train.append_probe(run, train.probe_batch(s), tmp_path)
-    inputs, u, labels = train.probe_batch(s)
-    inputs = (inputs[0].double(), inputs[1].double(), inputs[2])
-    run.model.double()
-    f = lambda weights, *one: torch.func.functional_call(run.model, weights, tuple(z[None] for z in one))[0]
-    params = {name: p.detach() for name, p in run.model.named_parameters()}
-    r = torch.func.vmap(lambda *one: f(params, *one))(*inputs) - u
-    M, row = ntk.interaction_matrix(f, params, inputs, r), train.read_probe(tmp_path)[-1]
-    assert torch.allclose(torch.tensor(row["M"], dtype=torch.float64), M, atol=1e-4 * M.abs().max().item())
-    assert abs(row["trace"] + row["cross"] + M.sum().item() / len(M) ** 2) < 1e-4 * M.sum().item() / len(M) ** 2
-    assert train.read_probe(tmp_path)[0]["drift"] == 0 < row["drift"]
+def test_the_probe_has_a_row_before_the_first_step_and_one_beside_each_of_the_log(finished):
+    probe = book.read_probe(finished)
+    assert [row["step"] for row in probe] == [0, 4, 6, 8, 10]
+    assert probe[0]["drift"] == 0
+    # At the start the DiT's head is 0, and so is every gradient before it.
+    assert all(row["drift"] > 0 for row in probe[1:])
+    assert all(len(row["M"]) == 18 for row in probe)
+
+
+@pytest.mark.parametrize("model, roots", [("dit", 2), ("unet", 1)])
+def test_the_probe_is_that_of_the_clear_route_at_the_runs_own_weights(model, roots):
+    run = train.Run(settings(model=model))
+    for _ in range(3):
+        run.train_step()
+    inputs, u, labels = batch = report.probe_batch(run.settings, run.roots, roots)
+    row = report.probe_row(run.model, batch, [])
+
+    # In double precision, and by vector-Jacobian products of one sample at a time.
+    x_t, t, tokens = inputs
+    inputs = (x_t.double(), t.double(), tokens)
+    network = run.model.double()
+    f, params = ntk.of_module(network)
+    with torch.no_grad():
+        r = network(*inputs) - u
+    M = ntk.interaction_matrix(f, params, inputs, r)
+    scale = M.abs().max().item()
+    precision = 1e4 * torch.finfo(torch.float32).eps * scale
+    assert torch.allclose(row["M"].double(), M, rtol=0, atol=precision)
+    velocity = -M.sum().item() / len(M) ** 2
+    assert row["trace"] + row["cross"] == pytest.approx(velocity, abs=precision)
+    assert row["drift"] == 0
 
 
 def test_the_kinds_of_pairs_are_counted_by_what_they_share():
-    g = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [1.0, 0.2], [0.5, -2.0]])   # two roots at two levels
-    labels = torch.tensor([[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]])
-    found = train.geometry(g @ g.T, g, labels)["pairs"]
-    assert {kind: values["conflict"] for kind, values in found.items()} == {"root view": 0.5, "view level": 0.5, "view": 0.5}
-    assert found["view level"]["cosine"] == pytest.approx((torch.cosine_similarity(g[0], g[2], 0) + torch.cosine_similarity(g[1], g[3], 0)).item() / 2)
+    # The gradients of two roots, each at two noise levels.
+    gradients = [(1.0, 0.0), (-1.0, 0.1), (1.0, 0.2), (0.5, -2.0)]
+    root, view, level = [0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]
+    g = torch.tensor(gradients)
+    labels = torch.tensor([root, view, level]).T
+    found = ntk.pairs_by_kind(g @ g.T, labels, ("root", "view", "level"))
+    conflicts = {kind: values["conflict"] for kind, values in found.items()}
+    assert conflicts == {"root view": 0.5, "view level": 0.5, "view": 0.5}
+    same_level = torch.cosine_similarity(g[:2], g[2:])
+    expected = same_level.mean().item()
+    assert found["view level"]["cosine"] == pytest.approx(expected)
 
 
-def test_a_probe_of_more_roots_than_there_are_is_refused(tmp_path):
-    refused(tiny(tmp_path / "run", "--probe", 5), "--probe", "--roots", "4")
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_cover_is_drawn(tmp_path):
-    assert train.main(tiny(tmp_path / "run", "--probe", 2)) is None
-    spec = importlib.util.spec_from_file_location("cover", ROOT / "results/cover.py")
+def test_the_cover_is_drawn(tmp_path, finished):
+    path = ROOT / "results/cover.py"
+    spec = importlib.util.spec_from_file_location("cover", path)
     cover = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        spec.loader.exec_module(cover)
-        cover.main(str(tmp_path / "run"), str(tmp_path / "cover.png"))
+    spec.loader.exec_module(cover)
+    cover.main(str(finished), str(tmp_path / "cover.png"))
     assert (tmp_path / "cover.png").stat().st_size > 10_000
 
 
-# --- the method ---
-
-def test_validation_is_zero_error_for_the_exact_velocity():
-    s = train.Settings(eval_images=16, pixels=8)
-    held = train.validation_set("base", "seen", "macro", s, None)
-    x0, e, t, tokens, u_star = held
-    exact = train.validate(lambda x, t, c: u_star, held, s)
-    assert exact["error"] == 0 and exact["loss"] == exact["floor"]
-    wrong = train.validate(lambda x, t, c: u_star + 0.5, held, s)
-    assert abs(wrong["error"] - 0.25) < 1e-6 and wrong["floor"] == exact["floor"]
-
-
-def test_seen_captions_of_the_target_are_those_of_the_roots():
-    s = train.Settings(roots=5, eval_images=20)
-    roots = train.draw_roots(s)
-    tests = train.test_scenes("target", "seen", s, roots, 4)
-    told = lambda scenes: set(train.toy_data.captions(scenes, "macro"))
-    assert told(tests) == told(roots)
-    assert not told(train.test_scenes("target", "held_out", s, roots, 4)) & told(roots)
-
-
-def test_fine_tuning_sees_only_the_roots_at_three_granularities():
-    s = train.Settings(roots=4, tuples=100, pixels=8, caption_dropout=0.0, finetune_steps=1)
-    roots, generator = train.draw_roots(s), train.seeded(s, 0)
-    x0, tokens, t, e, a = train.draw_batch(s, generator, train.make_plan(s))
-    told = {" ".join(train.toy_data.WORDS[k] for k in row if k) for row in tokens.tolist()}
-    assert told == {text for view in train.GRANULARITIES for text in train.toy_data.captions(roots, view)}
-    assert len(x0.flatten(1).unique(dim=0)) <= 12 and len(e.flatten(1).unique(dim=0)) == 300
-
-
-# --- the arms ---
-
-ARMS = dict(roots=10, tuples=4, finetune_steps=30, pixels=8, smallest_object=0.24, caption_dropout=0.0)
-
-
-@pytest.mark.parametrize("arm", [arm for arm in train.ARMS if arm not in ("big", "baseline")])
-@pytest.mark.parametrize("model", ["dit", "unet"])
-def test_every_arm_has_the_images_and_the_steps_of_the_baseline(arm, model):
-    plan, baseline = (train.make_plan(train.Settings(arm=name, model=model, **ARMS)) for name in (arm, "baseline"))
-    sizes = [len(views) for views, _ in plan.steps]
-    assert len(set(sizes)) > 1                                             # tuples of two and of three views
-    assert sizes == [len(views) for views, _ in baseline.steps] and plan.images(None) == sum(sizes)
-    for views, a in plan.steps:
-        assert len(views) == len(a)
-        assert (a == 1 / (3 * 4)).all() if arm == "tuple_max" else a.sum() == pytest.approx(1)
-    if arm == "whole":
-        assert all((plan.granularity[views] == 0).all() for views, _ in plan.steps)
-    # a twin whose tuples change size is noticed by the same comparison
-    other = train.make_plan(train.Settings(arm=arm, model=model, seed=1, **ARMS))
-    assert [len(views) for views, _ in other.steps] != sizes
-
-
-def test_the_big_arm_has_the_images_of_the_baseline_in_a_third_of_the_steps():
-    s, base = (train.Settings(arm=arm, **ARMS) for arm in ("big", "baseline"))
-    big, small = train.make_plan(s), train.make_plan(base)
-    assert len(big.steps) == train.updates(s) == 10 and train.updates(base) == 30 and big.images(None) == small.images(None)
-    assert torch.equal(torch.cat([v for v, _ in big.steps]), torch.cat([v for v, _ in small.steps]))
-    assert all(a.sum() == pytest.approx(1) for _, a in big.steps)
-    assert train.learning_rate(s, "finetune", 10) == pytest.approx(s.finetune_lr * 0.1)
-
-
-def met(arm, **more):
-    """Each tuple that an arm puts together, as (roots, granularities)."""
-    plan = train.make_plan(train.Settings(arm=arm, **ARMS | more))
-    size = {g: int((plan.root == g).sum()) for g in plan.root.tolist()}
-    for views, a in plan.steps:
-        start = 0
-        while start < len(views):
-            n = max(1, round(1 / (4 * a[start].item())))                   # its weight is 1 / (4 K_g)
-            yield plan.root[views[start:start + n]].tolist(), plan.granularity[views[start:start + n]].tolist(), size
-            start += n
-
-
-def test_who_meets_in_a_tuple():
-    assert all(len(set(roots)) == 1 and len(roots) == size[roots[0]] for roots, _, size in met("tuple"))
-    assert all(kinds == list(range(len(kinds))) for _, kinds, _ in met("stratified"))
-    assert sum(len(set(roots)) == 1 for roots, _, _ in met("stratified")) < 30
-    assert sum(kinds != list(range(len(kinds))) for _, kinds, _ in met("random")) > 60
-
-
-def test_the_noise_levels_of_the_arms():
-    def mean_logits(arm):
-        s = train.Settings(arm=arm, **ARMS | {"tuples": 4000, "finetune_steps": 1})
-        plan = train.make_plan(s)
-        t, (views, _) = train.draw_batch(s, train.seeded(s, 0), plan, 0, train.parts(s)["offsets"])[2], plan.steps[0]
-        return [torch.logit(t)[plan.granularity[views] == g].mean().item() - s.time_mean for g in range(3)], t
-    own, flipped, mixed = mean_logits("offsets"), mean_logits("flipped"), mean_logits("global")
-    assert own[0] == pytest.approx([0.5, 0, -0.5], abs=0.06) and flipped[0] == pytest.approx([-0.5, 0, 0.5], abs=0.06)
-    assert max(mixed[0]) - min(mixed[0]) < 0.12                            # the same levels in all, whatever the granularity
-    assert torch.logit(mixed[1]).std() == pytest.approx(torch.logit(own[1]).std().item(), abs=0.03)
-    assert mean_logits("baseline")[0] == pytest.approx([0, 0, 0], abs=0.06)
-
-
-def test_the_measured_arm_follows_its_matrix_and_survives_a_stop(tmp_path):
-    """Its offsets are new at every row of the log, and a run stopped between two rows goes on with those in force."""
-    flags = ["--arm", "measured", "--finetune_steps", 6, "--probe", 2]
-    assert train.main(tiny(tmp_path / "whole", *flags)) is None
-    offsets = [tuple(row["offsets"]) for row in train.read_probe(tmp_path / "whole")]
-    assert set(offsets[:5]) == {(0, 0, 0)} and len(set(offsets[5:])) == 3  # none in the pretraining
-    s, content = train.load(tmp_path / "whole/checkpoint.pt")
-    run = train.Run(s)
-    run.restore(content)
-    inputs, u, labels = train.probe_batch(train.dataclasses.replace(s, probe=4))
-    M = ntk.fast_interaction_matrix(run.model, inputs, (run.model(*inputs) - u).detach()).detach()
-    run.measure_offsets()
-    assert run.offsets == pytest.approx(train.sga.measured_offsets(M, labels[:, 1], inputs[1]).tolist(), abs=1e-5)
-    step = train.Run.train_step
-    def stopping(run, plan):
-        norm = step(run, plan)
-        if run.step == 11:
-            os.kill(os.getpid(), signal.SIGINT)
-        return norm
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "train_step", stopping)
-        assert "step 11" in train.main(tiny(tmp_path / "stopped", *flags))
-    assert train.main(tiny(tmp_path / "stopped", *flags, "--resume")) is None
-    assert same(tmp_path / "whole/checkpoint.pt", tmp_path / "stopped/checkpoint.pt")
-
-
-@pytest.mark.parametrize("model, arm", [("dit", "min_snr"), ("unet", "min_snr"), ("unet", "sga"), ("dit", "sga"), ("unet", "baseline")])
-def test_min_snr_weighs_the_loss_of_its_arms_alone(model, arm):
-    """Eq. 20: the weight of a step over that of its plan is 1 above the threshold of each granularity, and gamma / SNR below."""
-    s = train.Settings(model=model, arm=arm, **ARMS | {"tuples": 400, "finetune_steps": 1, "time_mean": -1.0})
-    plan = train.make_plan(s)
-    views, planned = plan.steps[0]
-    *_, t, _, a = train.draw_batch(s, train.seeded(s, 0), plan)
-    t, ratio = t.double(), (a / planned).double()
-    for g, gamma in enumerate((4, 5, 7)):
-        own = plan.granularity[views] == g
-        capped = own & ((1 - t) / t > gamma**0.5)
-        assert capped.sum() > 20 and (ratio[own & ~capped] == 1).all()
-        expected = gamma * t[capped] ** 2 / (1 - t[capped]) ** 2
-        weighs = (arm, model) != ("sga", "dit") and arm != "baseline"      # the others are the twins
-        assert torch.allclose(ratio[capped], expected if weighs else torch.ones_like(expected), rtol=1e-4)
-
-
-def test_validation_is_at_evenly_spread_noise_levels_and_knows_its_thirds(tmp_path, finished):
-    s = train.Settings(eval_images=12, pixels=8)
-    t = train.validation_set("base", "seen", "macro", s, None)[2]
-    assert t.diff().max() - t.diff().min() < 1e-6 and t[0] == pytest.approx(1 / 24) and t[-1] == pytest.approx(23 / 24)
-
-
-def test_the_method_is_tuples_and_the_scale_of_its_network():
-    dit, unet = (train.parts(train.Settings(model=model)) for model in ("dit", "unet"))
-    assert dit["tuples"] == unet["tuples"] == "root"
-    assert dit["offsets"] == train.sga.OFFSETS and not dit["weights"]
-    assert unet["offsets"] == (0, 0, 0) and unet["weights"]
-
-
-def test_fine_tuning_begins_with_the_averaged_weights_and_a_new_optimizer():
-    run = train.Run(train.Settings(width=24, depth=1, batch=2, pixels=8))
-    for _ in range(3):
-        run.train_step(None)
-    pairs = lambda: zip(run.model.parameters(), run.ema.parameters())
-    assert not all(torch.equal(a, b) for a, b in pairs()) and run.optimizer.state
-    run.begin_finetuning()
-    assert all(torch.equal(a, b) for a, b in pairs()) and not run.optimizer.state
-
-
-def test_captions_are_dropped_sample_by_sample():
-    s = train.Settings(batch=4000, pixels=8, caption_dropout=0.25)
-    tokens = train.draw_batch(s, train.seeded(s, 0))[1]
-    assert abs((tokens == 0).all(1).float().mean() - 0.25) < 0.03
-
-
-def test_learning_rate_rises_then_falls_to_zero():
-    s = train.Settings(pretrain_steps=100, warmup=10, lr=0.5)
-    rates = [train.learning_rate(s, "pretrain", step) for step in range(1, 102)]
-    assert rates[0] == pytest.approx(0.05) and max(rates) <= 0.5 and rates[-1] == 0
-    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[11:], rates[12:]))
-
-
-def test_training_learns(tmp_path):
-    """A few steps lower the loss well below its start, that of predicting nothing."""
-    s = train.Settings(width=32, depth=2, pretrain_steps=150, batch=16, pixels=8, warmup=10)
-    run, first = train.Run(s), None
-    for _ in range(150):
-        run.train_step(None)
-        first = first or run.loss
-    assert run.loss < 0.6 * first
-
-
-def test_wilson_interval_against_known_values():
-    assert train.wilson(0.0, 10) == pytest.approx([0.0, 0.2775], abs=1e-3)
-    assert train.wilson(0.5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-3)
-    assert train.wilson(0.9, 100) == pytest.approx([0.8256, 0.9448], abs=1e-3)
-
-
-@pytest.mark.parametrize("model", ["dit", "unet"])
-def test_the_code_path_of_the_gpu_preset_runs_small_on_the_cpu(tmp_path, monkeypatch, model):
-    compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda network: compiled(network, backend="eager"))     # its own backend takes minutes here
-    small = train.PRESETS["tiny", model] | {"pretrain_steps": 1, "finetune_steps": 1, "every": 1, "eval_images": 2, "sample_steps": 1}
-    flags = [word for name, value in (small | {"model": model, "device": "cpu", "pixels": 32}).items() for word in (f"--{name}", str(value))]
-    assert train.main(["--preset", "gpu", *flags, "--out", str(tmp_path / "run")]) is None
-    report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["settings"]["precision"] == "bfloat16" and report["settings"]["objects"] == 2
-
-
-def test_sample_draws_what_is_typed(tmp_path, finished):
-    file = tmp_path / "drawn.png"
-    assert train.main(["sample", "--checkpoint", str(finished / "checkpoint.pt"), "--out", str(file), CAPTION, "meso blue plain cross on grey"]) is None
-    assert file.read_bytes()[:4] == b"\x89PNG"
-
-
-def test_fine_tuning_can_start_from_a_pretrained_checkpoint(tmp_path, finished):
-    """--init ends where the run that pretrained it ends, up to the data that it sees: only the fine-tuning's rows are there."""
-    assert train.main(tiny(tmp_path / "run", "--init", finished / "pretrained.pt")) is None
-    assert [row["phase"] for row in rows(tmp_path / "run")] == ["finetune"] * 2
+def test_wilson_intervals_are_the_known_ones():
+    assert report.wilson(0.0, 10) == pytest.approx([0.0, 0.2775], abs=1e-4)
+    assert report.wilson(0.5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)
+    assert report.wilson(0.9, 100) == pytest.approx([0.8256, 0.9448], abs=1e-4)
 
 
 def test_help_explains_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit) as leaving:
         train.main(["--help"])
-    assert leaving.value.code == 0
+    assert not leaving.value.code
     text = " ".join(capsys.readouterr().out.split())
-    for field in train.dataclasses.fields(train.Settings):
-        assert f"--{field.name} " in text and field.metadata["help"].split(",")[0][:40] in text
-    assert text.count("default") >= len(train.dataclasses.fields(train.Settings))
+    fields = dataclasses.fields(train.Settings)
+    for field in fields:
+        start = field.metadata["help"].split(",")[0][:40]
+        assert f"--{field.name} " in text and start in text
+    assert text.count("default") >= len(fields)
+
+
+# --- Drawing what is typed ------------------------------------------------------------------------
+
+def sample(finished, file, *more):
+    """The arguments that draw what is typed into a file."""
+    start = ["sample", "--checkpoint", finished / "checkpoint.pt", "--device", "cpu"]
+    return [str(argument) for argument in [*start, "--out", file, *more]]
+
+
+def test_sample_draws_what_is_typed_and_names_the_file(tmp_path, capsys, finished):
+    file = tmp_path / "drawn.png"
+    assert train.main(sample(finished, file, CAPTION, "meso blue plain cross on grey")) is None
+    assert file.read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and str(file) in said[0]
+
+
+def test_a_picture_without_a_suffix_is_named_as_it_is_written(tmp_path, capsys, finished):
+    assert train.main(sample(finished, tmp_path / "drawn", CAPTION)) is None
+    [file] = tmp_path.iterdir()
+    assert file.read_bytes().startswith(b"\x89PNG")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(str(file))
+
+
+@pytest.mark.parametrize("name", ["drawn.xyz", "drawn.png.zip"])
+def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(tmp_path, monkeypatch, finished,
+                                                                 name):
+    sampled = []
+    monkeypatch.setattr(fm, "sample", lambda *arguments: sampled.append(arguments))
+    refused(sample(finished, tmp_path / name, CAPTION), name, "png")
+    assert not sampled
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_in_a_folder_that_is_absent_is_refused(tmp_path, finished):
+    refused(sample(finished, tmp_path / "absent/drawn.png", CAPTION), "absent")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_caption_with_an_unknown_word_is_refused(tmp_path, finished):
+    typed = [CAPTION, "macro purple circle"]
+    refused(sample(finished, tmp_path / "x.png", *typed), "purple", "red")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def quick_drawing(monkeypatch):
+    """Samples are noise and their picture is blank."""
+    def noise(model, tokens, s, generator):
+        return torch.zeros(len(tokens), 3, s.pixels, s.pixels)
+
+    def blank(captions, images, file):
+        Path(file).write_bytes(b"a picture")
+
+    monkeypatch.setattr(report, "sample_images", noise)
+    monkeypatch.setattr(pictures, "draw_captions", blank)
+
+
+@pytest.mark.parametrize("caption, named", [
+    ("macro red on white", "texture"),
+    ("meso red plain circle top left on white", "top"),
+    ("micro red striped circle on white", "circle"),
+    ("red striped circle on white", "macro")])
+def test_a_caption_outside_the_grammar_is_not_drawn_without_a_word(tmp_path, capsys, finished,
+                                                                   quick_drawing, caption, named):
+    """It is refused, or drawn with a sentence that says what is wrong."""
+    try:
+        train.main(sample(finished, tmp_path / "x.png", caption))
+        said = capsys.readouterr().out.splitlines()[0]
+    except SystemExit as refusal:
+        said = refusal.code
+    assert repr(caption) in said and named in said
+
+
+def test_a_caption_of_the_grammar_is_drawn_without_a_warning(tmp_path, capsys, finished,
+                                                             quick_drawing):
+    """The twin of the two tests around it."""
+    train.main(sample(finished, tmp_path / "x.png", CAPTION, "micro red plain on grey"))
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_guidance_without_a_null_caption_in_the_training_warns(tmp_path, capsys, finished,
+                                                               quick_drawing):
+    content = torch.load(finished / "checkpoint.pt")
+    content["settings"]["caption_dropout"] = 0.0
+    torch.save(content, tmp_path / "checkpoint.pt")
+    train.main(sample(tmp_path, tmp_path / "x.png", CAPTION))
+    assert "null caption was never trained" in capsys.readouterr().out
+    train.main(sample(tmp_path, tmp_path / "x.png", CAPTION, "--guidance", 1))
+    assert "never trained" not in capsys.readouterr().out
+
+
+def test_a_run_with_guidance_and_without_a_null_caption_warns_before_the_first_step(
+        tmp_path, capsys, only_training):
+    train.main(tiny(tmp_path / "run", "--caption_dropout", 0, "--probe", 0))
+    before_the_steps = capsys.readouterr().out.split("step 4/")[0]
+    assert "null caption" in before_the_steps
+
+
+# --- Validation and batches -----------------------------------------------------------------------
+
+def test_validation_is_zero_error_for_the_exact_velocity():
+    s = settings(eval_images=16)
+    held = report.validation_set(s, train.Run(s).roots, "base", "seen", "macro")
+    u_star = held[-1]
+
+    def exact(x, t, tokens):
+        return u_star
+
+    def wrong(x, t, tokens):
+        return u_star + 0.5
+
+    found = report.validate(exact, held, s)
+    assert found["error"] == 0 and found["loss"] == found["floor"] > 0
+    twin = report.validate(wrong, held, s)
+    assert twin["error"] == pytest.approx(0.25) and twin["floor"] == found["floor"]
+
+
+def test_validation_is_at_evenly_spread_noise_levels():
+    s = settings(eval_images=12)
+    t = report.validation_set(s, None, "base", "seen", "macro")[2]
+    expected = (2 * torch.arange(12) + 1) / 24
+    assert torch.allclose(t, expected)
+
+
+def told(scenes, granularity="macro"):
+    """The different captions of scenes."""
+    return set(toy_data.captions(scenes, granularity))
+
+
+def test_seen_captions_of_the_target_are_those_of_the_roots():
+    s = settings(roots=5, eval_images=20)
+    roots = train.Run(s).roots
+    seen = report.test_scenes(s, roots, "target", "seen", 4)
+    held_out = report.test_scenes(s, roots, "target", "held_out", 4)
+    assert told(seen) == told(roots)
+    assert not told(held_out) & told(roots)
+
+
+def finetuning(**more):
+    """A Run at the beginning of its fine-tuning."""
+    run = train.Run(settings(caption_dropout=0.0, **more))
+    run.begin_finetuning()
+    return run
+
+
+def first_batch(run):
+    return train.draw_batch(run, run.settings.pretrain_steps + 1)
+
+
+def test_fine_tuning_sees_only_the_roots_at_three_granularities():
+    run = finetuning(tuples=100, finetune_steps=1)
+    x0, e, t, tokens, a = first_batch(run)
+    texts = {" ".join(toy_data.WORDS[k] for k in row if k) for row in tokens.tolist()}
+    expected = set()
+    for view in toy_data.GRANULARITIES:
+        expected |= told(run.roots, view)
+    assert texts == expected
+    assert len(x0.flatten(1).unique(dim=0)) <= 3 * run.settings.roots
+    assert len(e.flatten(1).unique(dim=0)) == 300
+
+
+def test_pretraining_sees_new_whole_scenes_in_every_step():
+    run = train.Run(settings(caption_dropout=0.0, batch=50))
+    first, second = train.draw_batch(run, 1), train.draw_batch(run, 2)
+    assert not torch.equal(first[0], second[0])
+    macro = toy_data.WORDS.index("macro")
+    _, _, _, tokens, a = first
+    assert (tokens[:, 0] == macro).all()
+    assert (a == 1 / 50).all()
+
+
+def test_captions_are_dropped_sample_by_sample():
+    s = settings(batch=4000, caption_dropout=0.25)
+    tokens = train.draw_batch(train.Run(s), 1)[3]
+    dropped = (tokens == 0).all(1).double()
+    # Within four standard errors of a share of 4000.
+    assert abs(dropped.mean() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+
+
+# --- The arms -------------------------------------------------------------------------------------
+
+PLANS = {"roots": 10, "tuples": 4, "finetune_steps": 30, "smallest_object": 0.24}
+
+
+def planned(arm, **more):
+    return train.Run(settings(arm=arm, **PLANS | more))
+
+
+def sizes_of(run):
+    """The number of views in each step of the fine-tuning."""
+    return [len(views) for views, _ in run.plan]
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    """The baseline's plan, and a twin whose tuples have other sizes, since its roots differ."""
+    return planned("baseline"), planned("baseline", seed=1)
+
+
+@pytest.mark.parametrize("arm", [arm for arm in sga.ARMS if arm not in ("big", "baseline")])
+def test_every_arm_has_the_images_and_the_steps_of_the_baseline(arm, baseline):
+    run = planned(arm)
+    sizes = sizes_of(run)
+    assert len(set(sizes)) > 1                                     # tuples of two and three views
+    assert sizes == sizes_of(baseline[0]) != sizes_of(baseline[1])
+    pretraining = run.images(run.settings.pretrain_steps)
+    assert run.images(run.last) - pretraining == sum(sizes)
+    for views, a in run.plan:
+        assert len(views) == len(a)
+        if arm == "tuple_max":
+            assert torch.allclose(a.double(), torch.tensor(1 / 12).double())
+        else:
+            assert a.sum().item() == pytest.approx(1)
+        if arm == "whole":
+            assert (run.granularity[views] == 0).all()
+
+
+def test_the_big_arm_has_the_images_of_the_baseline_in_a_third_of_the_steps(baseline):
+    big, small = planned("big"), baseline[0]
+    assert (len(big.plan), len(small.plan)) == (10, 30)
+    assert big.images(big.last) == small.images(small.last)
+    views = [torch.cat([views for views, _ in run.plan]) for run in (big, small)]
+    assert torch.equal(*views)
+    assert all(a.sum().item() == pytest.approx(1) for _, a in big.plan)
+    rate = train.learning_rate(big, big.settings.pretrain_steps + 10)
+    assert rate == pytest.approx(0.1 * big.settings.finetune_lr)
+
+
+def tuples_of(run):
+    """The roots and the granularities of each tuple that a plan puts together."""
+    for views, a in run.plan:
+        start = 0
+        while start < len(views):
+            # With four tuples in a step, the weight of a view in a tuple of K is 1 / (4 K).
+            K = max(1, round(1 / (4 * a[start].item())))
+            met = views[start:start + K]
+            yield run.root[met].tolist(), run.granularity[met].tolist()
+            start += K
+
+
+def test_who_meets_in_a_tuple():
+    run = planned("tuple")
+    sizes = run.root.bincount().tolist()
+    for roots, kinds in tuples_of(run):
+        assert roots == [roots[0]] * sizes[roots[0]] and len(set(kinds)) == len(kinds)
+
+    stratified = list(tuples_of(planned("stratified")))
+    assert all(kinds == list(range(len(kinds))) for _, kinds in stratified)
+    assert sum(len(set(roots)) == 1 for roots, _ in stratified) < 30
+
+    random = list(tuples_of(planned("random")))
+    assert sum(kinds != list(range(len(kinds))) for _, kinds in random) > 60
+
+
+def levels(arm):
+    """The noise levels (n,) of a large step of an arm, and each one's granularity (n,)."""
+    run = finetuning(arm=arm, **PLANS | {"tuples": 4000, "finetune_steps": 1})
+    _, _, t, _, _ = first_batch(run)
+    return t, run.granularity[run.plan[0][0]]
+
+
+def test_the_noise_levels_of_the_arms():
+    def shifts(arm):
+        t, granularity = levels(arm)
+        z = torch.logit(t) - 0.5                                   # the settings' own mean
+        means = [z[granularity == k].mean().item() for k in range(3)]
+        return means, z.std().item()
+
+    # About 4000 levels a granularity with a spread of 1: four standard errors of their mean.
+    within = 4 / 3000**0.5
+    (own, spread), (mixed, mixed_spread) = shifts("offsets"), shifts("global")
+    assert own == pytest.approx([0.5, 0, -0.5], abs=within)
+    assert shifts("flipped")[0] == pytest.approx([-0.5, 0, 0.5], abs=within)
+    assert shifts("baseline")[0] == pytest.approx([0, 0, 0], abs=within)
+    # The same levels in all as with the offsets, whatever the granularity.
+    assert max(mixed) - min(mixed) < 2 * within
+    assert mixed_spread == pytest.approx(spread, abs=within)
+
+
+@pytest.mark.parametrize("model, arm, weighs", [
+    ("dit", "min_snr", True), ("unet", "min_snr", True), ("unet", "sga", True),
+    ("dit", "sga", False), ("unet", "baseline", False)])
+def test_min_snr_weighs_the_loss_of_its_arms_alone(model, arm, weighs):
+    """Eq. 20: the weight is 1 above the threshold of each granularity, and gamma / SNR below."""
+    more = {"tuples": 400, "finetune_steps": 1, "time_mean": -1.0}
+    run = finetuning(model=model, arm=arm, **PLANS | more)
+    views, a_plan = run.plan[0]
+    _, _, t, _, a = first_batch(run)
+    t, ratio = t.double(), (a / a_plan).double()
+    for granularity, gamma in enumerate((4, 5, 7)):
+        own = run.granularity[views] == granularity
+        capped = own & (t < 1 / (1 + gamma**0.5))
+        assert capped.sum() > 20
+        assert torch.allclose(ratio[own & ~capped], torch.ones(()).double())
+        expected = gamma * (t[capped] / (1 - t[capped])) ** 2
+        if not weighs:
+            expected = torch.ones_like(expected)
+        assert torch.allclose(ratio[capped], expected, rtol=1e-4)
+
+
+def test_the_measured_arm_follows_its_matrix_and_survives_a_stop(tmp_path, only_training):
+    """Its offsets are new at every row, and a run stopped between two goes on with those."""
+    flags = ["--arm", "measured", "--finetune_steps", 6, "--every", 2]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train.main(tiny(whole, *flags))
+    offsets = [tuple(row["offsets"]) for row in book.read_probe(whole)]
+    assert set(offsets[:4]) == {(0, 0, 0)}                         # none in the pretraining
+    assert len(set(offsets[4:])) == 3
+
+    run = train.resumed_run({}, whole)
+    inputs, u, labels = report.probe_batch(run.settings, run.roots, 4)
+    r = (run.model(*inputs) - u).detach()
+    M = ntk.fast_interaction_matrix(run.model, inputs, r).detach()
+    expected = sga.measured_offsets(M, labels[:, 1], inputs[1]).tolist()
+    assert report.measured_offsets(run) == pytest.approx(expected, abs=1e-4)
+
+    stopped_after(9, stopped, *flags)
+    train.main(tiny(stopped, *flags, "--resume"))
+    assert not_as(stopped, whole) == []
+
+
+# --- The training ---------------------------------------------------------------------------------
+
+def test_fine_tuning_begins_with_the_averaged_weights_and_a_new_optimizer():
+    run = train.Run(settings())
+    for _ in range(3):
+        run.train_step()
+
+    def as_the_average():
+        pairs = zip(run.model.parameters(), run.ema.parameters())
+        return all(torch.equal(weight, mean) for weight, mean in pairs)
+
+    assert not as_the_average() and run.optimizer.state
+    run.begin_finetuning()
+    assert as_the_average() and not run.optimizer.state
+
+
+def test_the_learning_rate_rises_and_falls_to_zero_in_each_phase():
+    run = train.Run(settings(pretrain_steps=100, finetune_steps=50, warmup=10, lr=0.5,
+                             finetune_lr=0.2))
+    rates = [train.learning_rate(run, step) for step in range(1, 151)]
+    for phase, peak in ((rates[:100], 0.5), (rates[100:], 0.2)):
+        assert phase[0] == pytest.approx(peak / 10)
+        assert max(phase) == pytest.approx(peak, rel=0.2) and max(phase) <= peak
+        assert phase[-1] == pytest.approx(peak / len(phase))       # one more step, and it is 0
+        assert all(a < b for a, b in zip(phase[:9], phase[1:9]))
+        assert all(a > b for a, b in zip(phase[11:], phase[12:]))
+
+
+def test_training_learns():
+    """A few steps lower the error well below its start, that of predicting nothing."""
+    run = train.Run(settings(width=48, pretrain_steps=80, batch=16, warmup=5, lr=0.01,
+                             eval_images=32))
+    held = report.validation_set(run.settings, run.roots, "base", "seen", "macro")
+    before = report.validate(run.model, held, run.settings)["error"]
+    for _ in range(80):
+        run.train_step()
+    after = report.validate(run.model, held, run.settings)["error"]
+    assert after < 0.6 * before

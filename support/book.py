@@ -1,0 +1,258 @@
+"""The books of a run: flags from a dataclass, files replaced in one move, and refusals.
+
+Whatever is wrong reaches the user as one sentence, through stop().
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import errno
+import io
+import json
+import math
+import os
+
+import torch
+
+from support import machine
+
+try:
+    import fcntl
+except ImportError:                            # not on Windows
+    fcntl = None
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+def stop(sentence):
+    """Ends the program with one sentence for its user. Of several processes the first speaks."""
+    raise SystemExit(f"train.py: {sentence}" if machine.rank() == 0 else 1)
+
+
+@contextlib.contextmanager
+def one_sentence():
+    """What the machine cannot do arrives as one sentence. Other errors are ours and pass."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop("interrupted; what was saved is whole, go on with --resume")
+    except OSError as error:
+        stop(f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        stop("out of memory; lower --chunk first, which changes no result, then --batch, "
+             "--eval_images or --width")
+
+
+def out_of_memory(error):
+    """Whether an error says that memory ran out: Python's, torch's, CUDA's or cuBLAS's wording."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    wordings = ("allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(wording in str(error) for wording in wordings)
+
+
+# --- Settings and flags ---------------------------------------------------------------------------
+
+def option(default, help, low=None, high=math.inf, choices=None):
+    """A field of a settings dataclass: its default, its words for --help, and what is allowed."""
+    rule = {"help": help, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=rule)
+
+
+def check(settings):
+    """Stops if a value is none of its option's choices or lies outside its range."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
+        if choices and value not in choices:
+            allowed = ", ".join(map(str, choices))
+            stop(f"--{field.name} must be one of {allowed}, not {value}")
+        if low is not None and not (low <= value <= high and math.isfinite(value)):
+            stop(f"--{field.name} must be from {low} to {high}, not {value}")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that knows no abbreviations and refuses in one sentence."""
+
+    def __init__(self, prog, description):
+        keep_lines = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, allow_abbrev=False,
+                         formatter_class=keep_lines)
+
+    def error(self, message):
+        stop(f"{message} (python {self.prog} --help lists what is allowed)")
+
+
+def parse(arguments, Settings, presets, description):
+    """Flags to (settings, what was asked for by name, folder, whether to resume).
+
+    What was asked for are the flags that were typed and, if --preset was typed, all that any
+    preset decides. A resumed run must agree with it.
+    """
+    parser = Parser("train.py", description)
+    parser.add_argument("--preset", choices=("auto", "cpu", "gpu", "tiny"), default=None,
+                        help="auto (default): gpu where CUDA is, else cpu")
+    parser.add_argument("--out", default="", help="folder of the run (default runs/MODEL-SEED)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    for field in dataclasses.fields(Settings):
+        parser.add_argument("--" + field.name, type=field.type, default=argparse.SUPPRESS,
+                            metavar=field.type.__name__.upper(), help=help_of(field, presets))
+    typed = vars(parser.parse_args(arguments))
+    preset, out, resume = typed.pop("preset"), typed.pop("out"), typed.pop("resume")
+
+    decided = preset not in (None, "auto")
+    if not decided:
+        may_use_cuda = typed.get("device", "cuda") == "cuda"
+        preset = "gpu" if may_use_cuda and torch.cuda.is_available() else "cpu"
+    model = typed.get("model", "dit")
+    s = Settings(**presets.get((preset, model), {}) | typed)
+
+    asked = dict(typed)
+    if decided:
+        for name in {name for values in presets.values() for name in values}:
+            asked[name] = getattr(s, name)
+    return s, asked, out or os.path.join("runs", f"{s.model}-{s.seed}"), resume
+
+
+def parse_sample(arguments):
+    """Flags to (captions, checkpoint, picture, settings that differ from the checkpoint's)."""
+    parser = Parser("train.py sample", "Draw what captions say.")
+    parser.add_argument("captions", nargs="+",
+                        help='such as "macro red striped circle top left on white"')
+    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt or pretrained.pt")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        choices=("cpu", "cuda"), help="default: %(default)s")
+    parser.add_argument("--model", choices=("dit", "unet"), help="refuse any other network")
+    parser.add_argument("--guidance", type=float, help="default: that of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--out", default="drawn.png", help="the picture (default drawn.png)")
+    flags = parser.parse_args(arguments)
+    changes = {"device": flags.device, "seed": flags.seed}
+    if flags.device == "cpu":
+        changes["precision"] = "float32"       # bfloat16 is very slow on most CPUs
+    if flags.guidance is not None:
+        changes["guidance"] = flags.guidance
+    if flags.model:
+        changes["model"] = flags.model
+    return flags.captions, flags.checkpoint, flags.out, changes
+
+
+def help_of(field, presets):
+    """A setting's words for --help, with its default and where a preset has another value."""
+    text = f"{field.metadata['help']} (default {field.default!r}"
+    for (preset, model), values in presets.items():
+        if preset != "tiny" and values.get(field.name, field.default) != field.default:
+            text += f"; {preset} {model}: {values[field.name]}"
+    return text + ")"
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+def replace(file, content):
+    """Writes bytes to a file in one move: whatever happens, it is the old one or the new, whole."""
+    unfinished = file + ".tmp"
+    try:
+        with open(unfinished, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
+        raise OSError(error.errno, error.strerror, file)
+
+
+def save(file, content):
+    """A checkpoint. It is made in memory first, so that a full disk is met by replace alone."""
+    memory = io.BytesIO()
+    torch.save(content, memory)
+    replace(file, memory.getvalue())
+
+
+def load(file, Settings, form):
+    """(settings, content) of a checkpoint of this form. Stops if it is missing or damaged."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        stop(f"the checkpoint {file} cannot be read: {error.strerror}")
+    except Exception:                          # torch.load raises many types for a damaged file
+        stop(f"{file} is not a checkpoint, or only a part of one")
+    if not isinstance(content, dict) or content.get("format") != form:
+        stop(f"{file} is not a checkpoint of this version of train.py")
+    try:
+        return Settings(**content["settings"]), content
+    except (KeyError, TypeError):
+        stop(f"{file} is a checkpoint of another version of train.py, with other settings")
+
+
+def load_weights(file, model, s, form):
+    """Puts the averaged weights of a checkpoint into the model. Stops if they do not fit it."""
+    theirs, content = load(file, type(s), form)
+    for name in ("model", "pixels", "width", "depth", "patch"):
+        if getattr(theirs, name) != getattr(s, name):
+            stop(f"{file} has --{name} {getattr(theirs, name)}, not {getattr(s, name)}")
+    try:
+        model.load_state_dict(content["ema"])
+    except RuntimeError:
+        stop(f"the weights in {file} do not fit this network: another vocabulary or version")
+    return model
+
+
+def write_rows(log, probe, columns, folder):
+    """log.csv and probe.jsonl, written anew from the rows that the checkpoint holds."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    for row in log:
+        short = {}
+        for name, value in row.items():
+            short[name] = f"{value:.6g}" if isinstance(value, float) else value
+        writer.writerow(short)
+    replace(os.path.join(folder, "log.csv"), text.getvalue().encode())
+    if probe:
+        lines = [json.dumps(row, default=torch.Tensor.tolist) + "\n" for row in probe]
+        replace(os.path.join(folder, "probe.jsonl"), "".join(lines).encode())
+
+
+def read_log(folder):
+    with open(os.path.join(folder, "log.csv"), newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def read_probe(folder):
+    with open(os.path.join(folder, "probe.jsonl"), encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def check_unused(folder):
+    """Stops unless the folder is absent or empty (a save that was killed may have begun in it)."""
+    if not os.path.exists(folder):
+        return
+    if not os.path.isdir(folder) or set(os.listdir(folder)) - {"checkpoint.pt.tmp"}:
+        stop(f"{folder} exists and is not empty: add --resume to go on with its run, "
+             "or name another --out")
+
+
+@contextlib.contextmanager
+def owned(folder):
+    """Within, the folder is this run's alone. The operating system frees it even after a kill.
+
+    Where the system has no such locks (Windows, some network drives) nobody keeps watch.
+    """
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(handle)
+            stop(f"another run is at work in {folder}: wait for it, or name another --out")
+    try:
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)

@@ -1,0 +1,177 @@
+"""How the machine is used: random numbers, precision, interrupts, several processes.
+
+None of this changes the method. With one process and in float32 every function here does nothing,
+or only hands on what it was given.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import shutil
+import signal
+
+import torch
+import torch.distributed as dist
+
+
+def seeded(s, stream):
+    """A generator of its own for each use, so that no use disturbs another."""
+    return torch.Generator(s.device).manual_seed(10 * s.seed + stream)
+
+
+# --- Precision ------------------------------------------------------------------------------------
+
+def in_precision(network, s):
+    """The network as a function of (x, t, tokens) that computes in the settings' precision."""
+    def velocity(x, t, tokens):
+        with torch.autocast(s.device, torch.bfloat16, enabled=s.precision == "bfloat16"):
+            return network(x, t, tokens)
+    return velocity
+
+
+def full_precision():
+    """Products and convolutions of float32 keep its 23 bits, as all that is measured needs."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@contextlib.contextmanager
+def tensor_cores():
+    """Within, a GPU may multiply float32 with 10 bits (TF32): faster, and good enough to train."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        full_precision()
+
+
+# --- Compiling --------------------------------------------------------------------------------------
+
+def suited(s):
+    """The settings, without what this machine cannot do for a new run; says so in one sentence."""
+    has_gpu = s.device == "cuda" and torch.cuda.is_available()
+    old = has_gpu and torch.cuda.get_device_capability() < (8, 0)
+    if old and (s.compile or s.precision == "bfloat16"):
+        print("train.py: this GPU is older than capability 8.0, so the run is in float32 and is "
+              "not compiled", flush=True)
+        return dataclasses.replace(s, compile=0, precision="float32")
+    return s
+
+
+def compiled(network, s):
+    """The network, through torch.compile where the settings ask for it and the machine can."""
+    lacking = what_compiling_lacks(s.device) if s.compile else ""
+    if lacking:
+        print(f"train.py: torch.compile needs {lacking}, which is not here, so that the network "
+              "is trained uncompiled", flush=True)
+    if not s.compile or lacking:
+        return network
+    print("compiling: the first step of each phase takes a while", flush=True)
+    return torch.compile(network)
+
+
+def what_compiling_lacks(device):
+    """What torch.compile needs and does not find on this machine; "" if there is everything."""
+    compilers = (os.environ.get("CC"), os.environ.get("CXX"), "gcc", "g++", "clang", "clang++")
+    if not any(shutil.which(name) for name in compilers if name):
+        return "a C compiler"
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton"
+    return ""
+
+
+# --- Interrupts -----------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def finishing_the_step():
+    """Within, Ctrl-C stops nothing at once. It fills the list, which a loop reads after a step."""
+    interrupts = []
+    if processes() > 1:                        # torchrun stops its processes in its own way
+        yield interrupts
+        return
+
+    def note(*_):
+        interrupts.append(True)
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+# --- Several processes, started by torchrun -------------------------------------------------------
+#
+# Every process samples the whole batch with the same random numbers and trains on its share of it.
+# Gradients are averaged, so that together they make the step that one process would make.
+
+def join_the_others(device):
+    """Called once at the start. Does nothing unless torchrun started this process."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if device == "cuda":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+        dist.init_process_group("nccl", device_id=own)
+    else:
+        dist.init_process_group("gloo")
+
+
+def leave_the_others():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def processes():
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """This process's number, from 0. Only process 0 measures, writes and speaks."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", 0))
+
+
+def wait_for_the_others():
+    if processes() > 1:
+        dist.barrier()
+
+
+def my_share(x0, e, t, tokens, a):
+    """This process's samples of a batch; their weights a make up for the averaging of gradients."""
+    count = processes()
+    mine = slice(rank(), None, count) if count > 1 else slice(None)
+    return x0[mine], e[mine], t[mine], tokens[mine], count * a[mine]
+
+
+def together(model):
+    """The model, or one that averages its gradients with those of the other processes."""
+    if processes() == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def without_exchange(network):
+    """Within, backward passes only add up their gradients, to be exchanged by a later one."""
+    if processes() == 1:
+        return contextlib.nullcontext()
+    return network.no_sync()
+
+
+def mean_of_all(x):
+    """The mean of a number over the processes."""
+    if processes() > 1:
+        dist.all_reduce(x)
+        x = x / processes()
+    return x
+
+
+def largest_of_all(x):
+    """The largest value over the processes, entry by entry."""
+    if processes() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x

@@ -1,0 +1,155 @@
+"""The pictures of a run: what its network makes of captions, its curves, its interaction matrix.
+
+They are made without pyplot, so that no window system and no notebook has a say in them.
+"""
+
+import torch
+from matplotlib.figure import Figure
+
+import ntk
+
+# Colours that colour-blind readers tell apart.
+VIEW_COLOURS = {"macro": "#0072b2", "meso": "#e69f00", "micro": "#009e73"}
+
+# What two samples share: the colour and the line of such pairs.
+KINDS = {"root view": ("black", "-"), "root level": ("black", "--"), "root": ("black", ":"),
+         "view level": ("#d55e00", "-"), "view": ("#d55e00", "--"),
+         "level": ("#cc79a7", "-"), "nothing": ("#56b4e9", "-")}
+FINE_TUNING = "optimizer step (vertical line: the fine-tuning begins)"
+
+
+def show(axis, images):
+    """Images, each (3, h, w) in [-1, 1], side by side with a thin frame."""
+    framed = [torch.nn.functional.pad(image.cpu(), (1, 1, 1, 1), value=0.3) for image in images]
+    strip = torch.cat(framed, 2).clamp(-1, 1)
+    axis.imshow(((strip.permute(1, 2, 0) + 1) / 2).numpy())
+    axis.set_axis_off()
+
+
+def draw_samples(columns, title, file):
+    """A grid: columns of (title, [(caption, two true images, three samples)])."""
+    figure = Figure(figsize=(18, 9), layout="constrained")
+    rows = len(columns[0][1])
+    axes = figure.subplots(rows, len(columns))
+    for column, (head, entries) in zip(axes.T, columns):
+        for axis, (caption, truth, made) in zip(column, entries):
+            gap = torch.ones_like(truth[0][:, :, :6])
+            show(axis, [*truth, gap, *made])
+            axis.set_title(caption, fontsize=14)
+        first_caption = entries[0][0]
+        column[0].set_title(f"{head}\n{first_caption}", fontsize=14)
+    figure.suptitle(title, fontsize=18)
+    figure.savefig(file, dpi=80)
+
+
+def draw_captions(captions, images, file):
+    """Images (n, k, 3, h, w): a row of k for each of n captions."""
+    figure = Figure(figsize=(8, 2.4 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), 1, squeeze=False)
+    for axis, several, caption in zip(axes[:, 0], images, captions):
+        show(axis, several)
+        axis.set_title(caption, fontsize=14)
+    figure.savefig(file, dpi=110)
+
+
+# --- Curves ---------------------------------------------------------------------------------------
+
+def draw_curves(log, s, file):
+    """Loss with its floor, and the error of the exact velocity, over the steps of both phases."""
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    steps = [row["step"] for row in log]
+    above.plot(steps, [row["loss"] for row in log], color="grey", label="training loss")
+    for view, colour in VIEW_COLOURS.items():
+        draw_validation(above, below, log, view, colour)
+    for axis, name in ((above, "loss per output"), (below, "error |v - u*|²/D")):
+        axis.set_yscale("log")
+        axis.set_ylabel(name, fontsize=15)
+        axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)
+        axis.legend(fontsize=12, ncols=2)
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=13)
+    below.set_xlabel(FINE_TUNING, fontsize=15)
+    above.set_title("The loss stays above its floor (dotted)", fontsize=16)
+    below.set_title("What a better network could still remove", fontsize=16)
+    figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}", fontsize=16)
+    figure.savefig(file, dpi=80)
+
+
+def draw_validation(above, below, log, view, colour):
+    """The validation curves of one view, each phase a line of its own."""
+    for phase in ("pretrain", "finetune"):
+        rows = [row for row in log if row["phase"] == phase and f"val_loss_{view}" in row]
+        steps = [row["step"] for row in rows]
+        loss = [row[f"val_loss_{view}"] for row in rows]
+        floor = [row[f"val_floor_{view}"] for row in rows]
+        error = [row[f"val_error_{view}"] for row in rows]
+        named = phase == "finetune"            # one entry of the legend for both phases
+        above.plot(steps, loss, color=colour, label=f"validation, {view}" if named else None)
+        above.plot(steps, floor, ":", color=colour, label=f"floor, {view}" if named else None)
+        below.plot(steps, error, color=colour, label=view if named else None)
+
+
+# --- The probe ------------------------------------------------------------------------------------
+
+def draw_probe(rows, s, file):
+    """How the interaction matrix of the probe batch evolves, and what it is at last."""
+    figure = Figure(figsize=(18, 14), layout="constrained")
+    (conflict, cosine), (numbers, matrix) = figure.subplots(2, 2)
+    draw_kinds(conflict, rows, "conflict", "Share of pairs in conflict, by what they share")
+    draw_kinds(cosine, rows, "cosine", "Mean cosine of two gradients, by what they share")
+    low, high = cosine.get_ylim()
+    cosine.set_ylim(low, high + 0.4 * (high - low))                # room for the legend
+    cosine.legend(title="the two share their", fontsize=13, title_fontsize=13, ncols=2,
+                  loc="upper right")
+    draw_numbers(numbers, rows)
+    for axis in (conflict, cosine, numbers):
+        axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)
+        axis.grid(alpha=0.3)
+        axis.set_xlabel(FINE_TUNING, fontsize=14)
+        axis.tick_params(labelsize=13)
+    M = torch.as_tensor(rows[-1]["M"])
+    shown = draw_matrix(matrix, M, f"M after step {rows[-1]['step']}, as cosines")
+    figure.colorbar(shown, ax=matrix, label="cosine (negative: the two conflict)")
+    figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}: the interaction matrix of"
+                    f" {s.probe} roots of the target domain", fontsize=18)
+    figure.savefig(file, dpi=70)
+
+
+def draw_kinds(axis, rows, measure, title):
+    steps = [row["step"] for row in rows]
+    for kind in rows[0]["pairs"]:
+        colour, line = KINDS[kind]
+        values = [row["pairs"][kind][measure] for row in rows]
+        axis.plot(steps, values, "o", linestyle=line, markersize=4, color=colour, label=kind)
+    axis.set_title(title, fontsize=16)
+
+
+def draw_numbers(axis, rows):
+    """Three numbers of the whole matrix that have no unit."""
+    steps = [row["step"] for row in rows]
+    ratio = [row["cross"] / row["trace"] for row in rows]
+    axis.plot(steps, ratio, "o-", color="black", label="cross terms / trace (Eq. 13)")
+    axis.plot(steps, [row["sign_agreement"] for row in rows], "s-", color="#d55e00",
+              label="sign agreement (Eq. 17)")
+    axis.plot(steps, [row["drift"] for row in rows], "^-", color="#cc79a7",
+              label="drift of the kernel (Eq. 16)")
+    axis.set_yscale("symlog", linthresh=0.1)
+    axis.set_title("The whole matrix (linear below 0.1)", fontsize=16)
+    axis.legend(fontsize=12)
+
+
+def draw_matrix(axis, M, title):
+    """M of a probe batch as cosines, with a frame around each root's samples."""
+    roots = len(M) // 9
+    shown = axis.imshow(ntk.cosines(M).numpy(), vmin=-1, vmax=1, cmap="PuOr")
+    middles = range(4, len(M), 9)
+    names = [f"root {k + 1}" for k in range(roots)]
+    axis.set_xticks(middles, names, rotation=60, fontsize=12)
+    axis.set_yticks(middles, names, fontsize=12)
+    axis.set_title(title, fontsize=16)
+    axis.set_xlabel("in a root: macro, meso, micro; in each: t = 0.2, 0.5, 0.8", fontsize=13)
+    for edge in range(9, len(M), 9):
+        axis.axhline(edge - 0.5, color="black", linewidth=0.6)
+        axis.axvline(edge - 0.5, color="black", linewidth=0.6)
+    return shown

@@ -7,18 +7,17 @@ The clear route takes any function f(params, *one_input). The fast route takes a
 and LayerNorm. It uses that a layer z_t = W a_t has the gradient dW = sum_t b_t a_t^T, where b is the cotangent of z, so that
     <dW_i, dW_j> = sum_ts <a_it, a_js> <b_it, b_js> :
 the Gram matrix of the layer's inputs meets that of its cotangents, and nothing of the size of the parameters is formed. (Novak et al.
-2022 call it structured derivatives.) Run `python ntk.py` for a picture, `python ntk.py --bench` for times and
-memory beside other ways to the same numbers.
+2022 call it structured derivatives.) Run `python ntk.py` for a picture, `python results/bench_ntk.py` for times
+and memory beside other ways to the same numbers.
 """
 
-import statistics
+import itertools
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, jvp, vjp, vmap
 
 # --- The clear route ---------------------------------------------------------------------------------------------
 
@@ -73,6 +72,17 @@ def interaction_matrix(f, params, inputs, residuals, chunk=None):
     return torch.cat([torch.cat([rows @ G(part).T for part in parts], 1) for rows in map(G, parts)])
 
 
+def of_module(model):
+    """(f, params): the module as a function f(params, *one_input) of one sample, for this route."""
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def f(weights, *one):
+        batch = tuple(z[None] for z in one)
+        return functional_call(model, weights, batch)[0]
+
+    return f, params
+
+
 def _checked(inputs):
     if not isinstance(inputs, tuple) or len({len(z) for z in inputs}) != 1:
         raise ValueError("inputs must be a tuple of tensors with the same number of samples on their first axis")
@@ -96,7 +106,8 @@ def fast_interaction_matrix(model, inputs, residuals):
     Raises ValueError naming a layer that it does not cover, a shared parameter, or a layer that is called twice.
     """
     v, calls = _record(model, inputs)
-    return _sum_of_shares(calls, [_cotangents(v, calls, _like(residuals, v)[None])])[0, :, 0]
+    cotangents = _cotangents(v, calls, _like(residuals, v)[None])
+    return _sum_of_shares(calls, [cotangents])[0, :, 0].detach()
 
 
 def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27):
@@ -112,7 +123,7 @@ def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27):
             held = D * call[2].numel()
         groups[-1].append(call)
     K = sum(_sum_of_shares(group, [_cotangents(v, group, part) for part in unit.split(chunk)]) for group in groups)
-    return K.permute(1, 3, 0, 2)
+    return K.permute(1, 3, 0, 2).detach()
 
 
 def _record(model, inputs):
@@ -259,6 +270,27 @@ def conflict_share(M, groups=None):
     return count((M < 0).to(M)) / count(torch.ones_like(M))
 
 
+def pairs_by_kind(M, labels, names):
+    """{what two samples share: {"conflict": share with M_ij < 0, "cosine": mean cosine}}.
+
+    labels is (N, L), a column for each of the L names. A kind of pair is named by all the labels
+    that its two samples share, or "nothing". Kinds without a pair are left out.
+    """
+    i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
+    same = labels[i] == labels[j]
+    negative = M[i, j] < 0
+    cosine = cosines(M)[i, j]
+    found = {}
+    for kind in itertools.product((True, False), repeat=len(names)):
+        of_kind = (same == torch.tensor(kind, device=M.device)).all(1)
+        if of_kind.any():
+            shared = [name for name, shares in zip(names, kind) if shares]
+            found[" ".join(shared) or "nothing"] = {
+                "conflict": negative[of_kind].float().mean().item(),
+                "cosine": cosine[of_kind].mean().item()}
+    return found
+
+
 def frozen_residuals(K, r, tau):
     """(N, D) r(tau) = exp(-K tau / N) r(0), for K (N, N, D, D) and r (N, D): gradient flow if the kernel stood still (Eq. 16)."""
     N, D = r.shape
@@ -276,95 +308,6 @@ def sign_agreement(M, residuals):
     r = residuals.flatten(1)
     i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
     return ((r @ r.T)[i, j].sign() == M[i, j].sign()).to(M).mean()
-
-
-# --- Benchmark: other ways to the same numbers -------------------------------------------------------------------
-
-def jacobian_contraction(f, params, inputs):
-    """(N, N, D, D) K as method 1 of torch.func's tutorial on the NTK has it: both Jacobians whole, then contracted."""
-    J = lambda: vmap(lambda *one: jacrev(f)(params, *one))(*inputs)        # (N, D, *parameter) each, in a dict
-    return sum(torch.einsum("idp,jep->ijde", a.flatten(2), b.flatten(2)) for a, b in zip(J().values(), J().values()))
-
-
-def pairwise_vector_products(f, params, inputs):
-    """(N, N, D, D) K as its method 2 has it: for each of the N^2 pairs, D vectors back through one sample and forward through the other."""
-    def block(x_i, x_j):
-        v, pull_back = vjp(lambda weights: f(weights, *x_j), params)
-        push = lambda vector: jvp(lambda weights: f(weights, *x_i), (params,), pull_back(vector))[1]
-        return vmap(push)(torch.eye(len(v), dtype=v.dtype, device=v.device)).T
-    return vmap(lambda *x_i: vmap(lambda *x_j: block(x_i, x_j))(*inputs))(*inputs)
-
-
-def cost(work, device):
-    """(seconds, bytes): the least time of work() in half a second or once, and its peak memory above what this process has ever had."""
-    def repeat():
-        times = []
-        while sum(times) < 0.5:
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return repeat(), torch.cuda.max_memory_allocated() - before
-    import multiprocessing, resource                               # on a CPU the peak is that of a process: one for each work
-    def child(pipe):
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        before = peak()
-        pipe.send((repeat(), peak() - before))
-    mine, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
-    process.start()
-    theirs.close()
-    try:
-        return mine.recv()
-    except EOFError:
-        raise RuntimeError("the benchmark's process ended early, most likely for want of memory")
-    finally:
-        process.join()
-
-
-def contest(model, draw, rounds, device, sizes=(4, 2, 8, 256)):
-    """Rows (what, other way, median ratio of the times, seconds, seconds, bytes, bytes), the fast route first; in turns."""
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    f = lambda weights, *one: functional_call(model, weights, tuple(z[None] for z in one))[0].flatten()
-    rows = []
-    for N, (what, name) in zip(sizes, (("K", "method 1"), ("K", "method 2"), ("M", "vmap(grad)"), ("M", "vmap(grad)"))):
-        x = draw(N)
-        r = torch.randn(N, f(params, *(z[0] for z in x)).numel(), device=device)
-        fast = (lambda: fast_ntk_blocks(model, x)) if what == "K" else (lambda: fast_interaction_matrix(model, x, r))
-        other = {"method 1": lambda: jacobian_contraction(f, params, x), "method 2": lambda: pairwise_vector_products(f, params, x),
-                 "vmap(grad)": lambda: interaction_matrix(f, params, x, r)}[name]
-        runs = [(cost(fast, device), cost(other, device)) for _ in range(rounds)]
-        ratio = statistics.median(slow[0] / quick[0] for quick, slow in runs)
-        rows.append((f"{what}, N = {N}", name, ratio, *(statistics.median(run[k][m] for run in runs) for m in (0, 1) for k in (0, 1))))
-    return rows
-
-
-def bench(rounds=3):
-    try:
-        import dit, toy_data as td, unet
-    except ImportError:
-        return print("The benchmark needs dit.py, unet.py and toy_data.py beside this file.")
-    device, words = "cuda" if torch.cuda.is_available() else "cpu", len(td.WORDS)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    image = lambda N: torch.randn(N, 3, 16, 16, device=device)
-    text = lambda N: (image(N), torch.rand(N, device=device), torch.randint(1, words, (N, 12), device=device))
-    contestants = {"MLP": (nn.Sequential(nn.Flatten(), nn.Linear(768, 128), nn.GELU(), nn.Linear(128, 768)), lambda N: (image(N),)),
-                   "DiT": (dit.DiT(words, 16, 4, 64, 2), text), "U-Net": (unet.UNet(words, 16, (16, 24, 32), 32), text)}
-    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'one CPU thread'}, torch {torch.__version__}, float32, D = 768, {rounds} rounds in turns")
-    print("| model (parameters) | what | against | times faster (median) | seconds | theirs | MB | theirs | share of their memory |\n|" + "---|" * 9)
-    for name, (model, draw) in contestants.items():
-        for p in model.to(device).parameters():
-            p.data.add_(0.02 * torch.randn_like(p))                # away from the zero start
-        for what, other, ratio, fast, slow, small, large in contest(model, draw, rounds, device):
-            print(f"| {name} ({sum(p.numel() for p in model.parameters()):,}) | {what} | {other} | {ratio:.1f} | {fast:.3g} | {slow:.3g} |"
-                  f" {small / 2**20:.0f} | {large / 2**20:.0f} | {small / max(large, 1):.2f} |", flush=True)
 
 
 def main(file="ntk.png"):
@@ -389,7 +332,7 @@ def main(file="ntk.png"):
     for _ in range(400):                                           # a moment of training, away from the zero start
         x0, tokens, e = draw(td.sample_scenes(8, generator), [0, 1, 2])
         optimizer.zero_grad()
-        fm.loss(model, x0, tokens, fm.uniform_time(len(x0), generator), e).mean().backward()
+        fm.loss(model, x0, e, torch.rand(len(x0), generator=generator), tokens).mean().backward()
         optimizer.step()
     model.double()
 
@@ -477,4 +420,4 @@ def main(file="ntk.png"):
 
 
 if __name__ == "__main__":
-    bench(*map(int, sys.argv[2:])) if sys.argv[1:2] == ["--bench"] else main(*sys.argv[1:])
+    main(*sys.argv[1:])

@@ -164,6 +164,7 @@ def tuple_weights(sizes, scaling="root", k_max=3):
     1 / (G K_g), so that every root weighs the same (the paper). With "view" it is
     1 / (G K_max), so that every view does (the authors' code). The two differ
     where K_g varies.
+    In the geometry a weight a_i multiplies g_i, and so M_ij twice in the weighted loss (Eq. 21).
     Raises ValueError for another scaling, for no tuple, and unless a tuple has 1
     to k_max views.
     """

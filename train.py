@@ -17,6 +17,11 @@ import math
 import os
 import sys
 
+import support
+
+if __name__ == "__main__":
+    support.end_interrupts_in_one_sentence()   # also while torch is loaded, which takes seconds
+
 import torch
 
 import flow_matching as fm
@@ -366,6 +371,7 @@ def main_train(arguments):
         s, size = run.settings, sum(weight.numel() for weight in run.model.parameters())
         print(f"{s.model} with {size:,} parameters on {s.device}, {s.pixels} px, "
               f"from step {run.step}: {folder}", flush=True)
+        report.say_what_was_never_trained([], s)
         train(run, folder)
         file = os.path.join(folder, "pretrained.pt")
         pretrained = book.load_weights(file, copy.deepcopy(run.ema), s, FORMAT)

@@ -15,7 +15,7 @@ import os
 
 import torch
 
-from support import machine
+from support import machine, pictures
 
 try:
     import fcntl
@@ -130,6 +130,10 @@ def parse_sample(arguments):
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--out", default="drawn.png", help="the picture (default drawn.png)")
     flags = parser.parse_args(arguments)
+    picture = flags.out if os.path.splitext(flags.out)[1] else flags.out + ".png"
+    suffix = os.path.splitext(picture)[1].lstrip(".").lower()
+    if suffix not in pictures.SUFFIXES:
+        stop(f"--out {flags.out} must end in one of {', '.join(sorted(pictures.SUFFIXES))}")
     changes = {"device": flags.device, "seed": flags.seed}
     if flags.device == "cpu":
         changes["precision"] = "float32"       # bfloat16 is very slow on most CPUs
@@ -137,7 +141,7 @@ def parse_sample(arguments):
         changes["guidance"] = flags.guidance
     if flags.model:
         changes["model"] = flags.model
-    return flags.captions, flags.checkpoint, flags.out, changes
+    return flags.captions, flags.checkpoint, picture, changes
 
 
 def help_of(field, presets):
@@ -181,7 +185,8 @@ def load(file, Settings, form):
         stop(f"the checkpoint {file} cannot be read: {error.strerror}")
     except Exception:                          # torch.load raises many types for a damaged file
         stop(f"{file} is not a checkpoint, or only a part of one")
-    if not isinstance(content, dict) or content.get("format") != form:
+    whole = isinstance(content, dict) and {"settings", "model", "ema"} <= content.keys()
+    if not whole or content.get("format") != form:
         stop(f"{file} is not a checkpoint of this version of train.py")
     try:
         return Settings(**content["settings"]), content

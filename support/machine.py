@@ -47,7 +47,7 @@ def tensor_cores():
         full_precision()
 
 
-# --- Compiling --------------------------------------------------------------------------------------
+# --- Compiling ------------------------------------------------------------------------------------
 
 def suited(s):
     """The settings, without what this machine cannot do for a new run; says so in one sentence."""
@@ -112,6 +112,8 @@ def join_the_others(device):
     if "RANK" not in os.environ or dist.is_initialized():
         return
     if device == "cuda":
+        if not torch.cuda.is_available():
+            return                             # build() refuses this in one sentence
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(own)
         dist.init_process_group("nccl", device_id=own)

@@ -8,6 +8,9 @@ from matplotlib.figure import Figure
 
 import ntk
 
+# How the name of a picture may end.
+SUFFIXES = Figure().canvas.get_supported_filetypes()
+
 # Colours that colour-blind readers tell apart.
 VIEW_COLOURS = {"macro": "#0072b2", "meso": "#e69f00", "micro": "#009e73"}
 

@@ -7,6 +7,7 @@ nothing but torch, torchvision and Python itself is a matter of reading: see tes
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,13 +78,15 @@ def test_its_demo_prints_sizes_and_shapes_alone(demos, name):
 
 
 def neighbours_of_the_demo(name):
-    """The concept modules that a module imports, wherever it does."""
+    """The concept modules that the functions of a module's demo import."""
     found = set()
-    for node in ast.walk(ast.parse(source_of(name))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            found.add(node.module)
+    for function in ast.parse(source_of(name)).body:
+        if re.match("main|measure_|paint_", getattr(function, "name", "")):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name for alias in node.names}
+                if isinstance(node, ast.ImportFrom):
+                    found.add(node.module)
     return found & set(MODULES)
 
 

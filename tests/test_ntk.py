@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 import dit
 import ntk
+from results import bench_ntk
 import unet
 
 NETWORKS = {
@@ -307,8 +308,8 @@ def test_the_benchmarks_competitors_give_the_same_kernel(case):
     model, f, params, inputs, *_ = case
     K = ntk.fast_ntk_blocks(model, inputs)
     flat = lambda weights, *one: f(weights, *one).flatten()
-    assert close(ntk.jacobian_contraction(flat, params, inputs), K)
-    assert close(ntk.pairwise_vector_products(flat, params, inputs), K)
+    assert close(bench_ntk.jacobian_contraction(flat, params, inputs), K)
+    assert close(bench_ntk.pairwise_vector_products(flat, params, inputs), K)
 
 
 @pytest.mark.parametrize("hold", [500])
@@ -318,14 +319,14 @@ def test_layers_in_groups_change_nothing(case, hold):
 
 
 def test_the_benchmark_prints_ratios_and_peaks():
-    rows = ntk.contest(nn.Linear(30, 40), lambda n: (torch.randn(n, 30),), 1, "cpu", (2, 2, 3, 5))
+    rows = bench_ntk.contest(nn.Linear(30, 40), lambda n: (torch.randn(n, 30),), 1, "cpu", (2, 2, 3, 5))
     assert [row[:2] for row in rows] == [("K, N = 2", "method 1"), ("K, N = 2", "method 2"), ("M, N = 3", "vmap(grad)"), ("M, N = 5", "vmap(grad)")]
     for _, _, ratio, quick, slow, small, large in rows:
         assert ratio == pytest.approx(slow / quick) and small >= 0 and large >= 0
 
 
 def test_the_cost_counts_the_memory_that_is_needed():
-    work = "import ntk, torch; print(*ntk.cost(lambda: torch.ones(50, 2**20).sum(), 'cpu'))"   # 200 MiB, in a process that was small before
+    work = "import torch; from results import bench_ntk; print(*bench_ntk.cost(lambda: torch.ones(50, 2**20).sum(), 'cpu'))"   # 200 MiB, in a process that was small before
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", work], cwd=Path(ntk.__file__).parent, capture_output=True, text=True, check=True)
     seconds, peak = map(float, done.stdout.split())
     assert 200 * 2**20 < peak < 300 * 2**20 and seconds > 0

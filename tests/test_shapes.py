@@ -117,7 +117,18 @@ class Noting(ast.NodeTransformer):
         """The lines of a statement that have a shape comment."""
         return [line for line in range(node.lineno, end + 1) if line in self.comments]
 
+    def noted(self, node, value):
+        """A value of a statement, handed through note."""
+        for line in self.lines(node, node.end_lineno):
+            call = ast.parse(f"note({line}, None, locals())", mode="eval").body
+            call.args[1] = value
+            value = call
+        return value
+
     def visit_Assign(self, node):
+        if isinstance(node.value, ast.Lambda):         # the comment states what it returns
+            node.value.body = self.noted(node, node.value.body)
+            return node
         return self.noted_behind(node, node.targets[0])
 
     def visit_AugAssign(self, node):
@@ -137,10 +148,7 @@ class Noting(ast.NodeTransformer):
         return node
 
     def visit_Return(self, node):
-        for line in self.lines(node, node.end_lineno):
-            call = ast.parse(f"note({line}, None, locals())", mode="eval").body
-            call.args[1] = node.value
-            node.value = call
+        node.value = self.noted(node, node.value)
         return node
 
     def visit_ClassDef(self, node):
@@ -378,20 +386,36 @@ def run_ntk(watch, ntk):
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
     f, params = ntk.of_module(model)           # 44 parameters
     x, r = (rand(6, 3),), rand(6, 4)
-    second = (rand(7, 3),), rand(7, 4)
-    with watch.given(ntk.one_linear_layer, N=6, I=3, O=4):
-        ntk.one_linear_layer(*x, r)
     with watch.given(ntk.ntk_vector_product, ntk.ntk_blocks, ntk.ntk_trace, N=6, D=4):
         ntk.ntk_vector_product(f, params, x, r)
         ntk.ntk_blocks(f, params, x)
         ntk.ntk_trace(f, params, x)
     with watch.given(ntk.per_sample_gradients, ntk.interaction_matrix, N=6, P=44):
         ntk.interaction_matrix(f, params, x, r)
+    with watch.given(ntk.interaction_matrix, chunk=2, P=44):
+        ntk.interaction_matrix(f, params, x, r, chunk=2)
     with watch.given(ntk.fast_ntk_blocks, N=6, D=4):
         ntk.fast_ntk_blocks(model, x)
-    ntk.interaction_matrix(f, params, x, r, chunk=2)
-    ntk.fast_interaction_matrix(model, x, r, second)
+    run_shares(watch, ntk)
+    with watch.given(ntk.conflict_share, N=7, G=3):
+        ntk.conflict_share(rand(7, 7), torch.arange(7) % 3)
     ntk.main()
+
+
+def run_shares(watch, ntk):
+    """One layer's share of M, for each kind of layer: N samples, C cotangents each."""
+    words = torch.ones(5, 6, dtype=torch.long)
+    with watch.given(ntk._share, C=3, N=5, T=4, I=24, O=8):
+        ntk._share(nn.Conv2d(6, 8, 2), rand(5, 6, 5, 2), rand(3, 5, 8, 4, 1))
+    with watch.given(ntk._share, C=3, N=5, T=6, I=9, O=4):
+        ntk._share(nn.Embedding(9, 4), words, rand(3, 5, 6, 4))
+    with watch.given(ntk._share, C=3, N=5, T=10, I=6, O=6):
+        ntk._share(nn.GroupNorm(3, 6), rand(5, 6, 5, 2), rand(3, 5, 6, 5, 2))
+    with watch.given(ntk._share, C=3, N=5, T=7, I=4, O=4):
+        ntk._share(nn.LayerNorm(4), rand(5, 7, 4), rand(3, 5, 7, 4))
+    with watch.given(ntk._gram, C=2, N=5, P=12):
+        ntk._gram(rand(2, 5, 3, 4))
+    ntk._linear_share(rand(5, 3, 6), rand(2, 5, 3, 8))
 
 
 def run_sga(watch, sga):

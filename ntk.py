@@ -310,6 +310,8 @@ def sign_agreement(M, residuals):
     return ((r @ r.T)[i, j].sign() == M[i, j].sign()).to(M).mean()
 
 
+# --- The demo -------------------------------------------------------------------------------------
+
 def main(file="ntk.png"):
     try:
         import matplotlib.pyplot as plt

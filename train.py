@@ -364,7 +364,9 @@ def main_train(arguments):
 
     run = resumed_run(asked, folder) if resuming else new_run(s, folder)
     with book.owned(folder):
-        if not resuming:
+        if resuming:                           # a kill may have come before the rows were written
+            book.write_rows(run.log, run.probe, report.COLUMNS, folder)
+        else:
             book.check_unused(folder)          # once more, now that nobody else can use it
             save_all(run, folder)
         machine.wait_for_the_others()

@@ -3,6 +3,7 @@
     python results/bench_ntk.py          # three rounds; memory on a CPU needs Linux or macOS
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.func import functional_call, jacrev, jvp, vjp, vmap
+from torch.func import jacrev, jvp, vjp, vmap
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dit  # noqa: E402
@@ -70,8 +71,11 @@ def cost(work, device):
 
 def contest(model, draw, rounds, device, sizes=(4, 2, 8, 256)):
     """Rows (what, other way, median ratio of the times, seconds, seconds, bytes, bytes), the fast route first; in turns."""
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    f = lambda weights, *one: functional_call(model, weights, tuple(z[None] for z in one))[0].flatten()
+    module, params = ntk.of_module(model)
+
+    def f(weights, *one):
+        return module(weights, *one).flatten()
+
     rows = []
     for N, (what, name) in zip(sizes, (("K", "method 1"), ("K", "method 2"), ("M", "vmap(grad)"), ("M", "vmap(grad)"))):
         x = draw(N)
@@ -104,4 +108,6 @@ def bench(rounds=3):
 
 
 if __name__ == "__main__":
-    bench(*map(int, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rounds", nargs="?", type=int, default=3, help="rounds (default 3)")
+    bench(parser.parse_args().rounds)

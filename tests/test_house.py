@@ -98,7 +98,7 @@ def says_how(call):
     return isinstance(mode, ast.Constant) and "b" in str(mode.value)
 
 
-# Still to be rewritten, with the kernel's own issue.
+# Still to be rewritten, with the kernel's own issue: wide lines and named lambdas, nothing else.
 WAITING = ("ntk.py", "tests/test_ntk.py", "results/bench_ntk.py")
 STYLE = (too_wide, lambdas_with_a_name, evals, without_encoding)
 BREAKS_STYLE = (
@@ -127,7 +127,8 @@ Path("a").read_text(encoding="utf-8"), Path("a").open("rb"), Path("a").read_byte
 
 @pytest.mark.parametrize("rule", STYLE)
 def test_every_file_keeps_the_style(rule):
-    files = [file for file in FILES if str(file) not in WAITING]
+    waits = rule in (too_wide, lambdas_with_a_name)
+    files = [file for file in FILES if not (waits and file in WAITING)]
     found = {file: rule(source_of(file)) for file in files}
     broken = {file: lines for file, lines in found.items() if lines}
     assert not broken, rule.__doc__

@@ -173,6 +173,16 @@ def finished(tmp_path_factory):
 
 # --- A run survives -------------------------------------------------------------------------------
 
+def test_a_kill_after_the_last_checkpoint_and_before_its_rows_is_made_good(
+        tmp_path, finished, only_training):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for name in ("log.csv", "probe.jsonl"):
+        (folder / name).write_bytes(b"")
+    train.main(["--resume", "--out", str(folder)])
+    assert contents(folder) == contents(finished)
+
+
 def kill():
     """Ends this process at once: no `finally`, no `except`, no clearing up."""
     os.kill(os.getpid(), signal.SIGKILL)

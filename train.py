@@ -364,9 +364,7 @@ def main_train(arguments):
 
     run = resumed_run(asked, folder) if resuming else new_run(s, folder)
     with book.owned(folder):
-        if resuming:                           # a kill may have come before the rows were written
-            book.write_rows(run.log, run.probe, report.COLUMNS, folder)
-        else:
+        if not resuming:
             book.check_unused(folder)          # once more, now that nobody else can use it
             save_all(run, folder)
         machine.wait_for_the_others()
@@ -375,6 +373,8 @@ def main_train(arguments):
               f"from step {run.step}: {folder}", flush=True)
         report.say_what_was_never_trained([], s)
         train(run, folder)
+        # A kill may have come between the last checkpoint and its rows: no later row mends that.
+        book.write_rows(run.log, run.probe, report.COLUMNS, folder)
         file = os.path.join(folder, "pretrained.pt")
         pretrained = book.load_weights(file, copy.deepcopy(run.ema), s, FORMAT)
         report.report(run, pretrained, folder)

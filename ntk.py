@@ -1,273 +1,874 @@
-"""The empirical neural tangent kernel and the interaction matrix of a batch, exact, by two routes.
+"""The empirical neural tangent kernel (NTK) and the interaction matrix of a batch, both exact.
 
-J_i = d f(theta, x_i) / d theta is D x P for a sample with D outputs. The kernel's blocks are K_ij = J_i J_j^T (D x D), and with the
-residuals r_i the interaction matrix is M_ij = r_i^T K_ij r_j = <g_i, g_j>, the inner products of the samples' gradients g_i = J_i^T r_i.
+A network with P parameters theta answers sample i with D numbers v_i. Its residual is r_i.
 
-The clear route takes any function f(params, *one_input). The fast route takes a module made of Linear, Conv2d, Embedding, GroupNorm
-and LayerNorm. It uses that a layer z_t = W a_t has the gradient dW = sum_t b_t a_t^T, where b is the cotangent of z, so that
-    <dW_i, dW_j> = sum_ts <a_it, a_js> <b_it, b_js> :
-the Gram matrix of the layer's inputs meets that of its cotangents, and nothing of the size of the parameters is formed. (Novak et al.
-2022 call it structured derivatives.) Run `python ntk.py` for a picture, `python results/bench_ntk.py` for times
-and memory beside other ways to the same numbers.
+    J_i  = dv_i / dtheta                  (D x P)  the Jacobian: what each parameter does to v_i
+    g_i  = J_i^T r_i                      (P)      the gradient of sample i (Eq. 10)
+    K_ij = J_i J_j^T                      (D x D)  a block of the kernel; there are N x N (Eq. 11)
+    M_ij = r_i^T K_ij r_j = <g_i, g_j>    (1)      the interaction matrix M is N x N (Eq. 12)
+
+The clear route follows these definitions, for any function f(params, *one_input) of one sample.
+The fast route takes a module and goes through it layer by layer. It forms no Jacobian, and it
+proves its own result by one backward pass. `of_module` makes f and params of a module. By hand
+it takes three lines:
+
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    def f(params, x):
+        return torch.func.functional_call(model, params, (x[None],))[0]
+
+Run `python ntk.py` for a picture, and `python results/bench_ntk.py` for times and memory beside
+other ways to the same numbers.
 """
 
 import itertools
+import math
 import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, jvp, vjp, vmap
 
-# --- The clear route ---------------------------------------------------------------------------------------------
 
-def ntk_vector_product(f, params, inputs, vectors):
-    """(N, D) K applied to vectors (N, *output shape), K never formed: back to the parameters, then forward again (Eq. 11).
+# --- The idea, on one Linear layer ----------------------------------------------------------------
 
-    inputs is a tuple of tensors with N on their first axis, params a dict of tensors. Raises ValueError for other shapes.
+def one_linear_layer(a, b):
+    """(N, N), (N, N): M of one layer z_i = W a_i, with its gradients and without them (Eq. 12).
+
+    a (N, I) are the layer's inputs. b (N, O) are its cotangents: b_i is the gradient of
+    <r_i, v_i> with respect to the layer's output z_i. For a network of this one layer b_i is r_i.
     """
-    every = lambda weights: vmap(lambda *one: f(weights, *one).flatten())(*_checked(inputs))
-    v, pull_back = vjp(every, params)                              # (N, D)
-    g = pull_back(_like(vectors, v))[0]                            # dict      sum_j J_j^T vector_j
-    return jvp(every, (params,), (g,))[1]                          # (N, D)    J_i g
+    # By the chain rule, the gradient of sample i with respect to W is the outer product b_i a_i^T.
+    g = b[:, :, None] * a[:, None, :]                              # (N, O, I)
+    g = g.flatten(1)                                               # (N, OI)
+    with_gradients = g @ g.T                                       # (N, N)
+    # The inner product of two outer products is the product of two inner products:
+    # <b_i a_i^T, b_j a_j^T> = <a_i, a_j> <b_i, b_j>. A matrix of inner products is called a Gram
+    # matrix. Two of them say the same as the gradients, and nothing of the size of W is formed.
+    without = (a @ a.T) * (b @ b.T)                                # (N, N)
+    return with_gradients, without
 
 
-def ntk_blocks(f, params, inputs, chunk=16):
-    """(N, N, D, D) K_ij = J_i J_j^T: the products of K with the N D unit vectors, `chunk` of them at once (Eq. 11)."""
-    v = vmap(lambda *one: f(params, *one).flatten())(*_checked(inputs))    # (N, D)
-    unit = torch.eye(v.numel(), dtype=v.dtype, device=v.device).view(-1, *v.shape)                     # (ND, N, D)
-    columns = vmap(lambda vector: ntk_vector_product(f, params, inputs, vector), chunk_size=chunk)(unit)
-    return columns.view(*v.shape, *v.shape).permute(2, 0, 3, 1)    # (N, N, D, D)  from (j, e, i, d) to (i, j, d, e)
+# --- The clear route: any function f(params, *one_input) ------------------------------------------
+# params is a dict of tensors. inputs are a tuple of tensors with the N samples on their first axis,
+# or a dict of them for inputs that are given by name. Results are detached.
 
+def of_module(model, output=None):
+    """(f, params): a module as a function f(params, *one_input) of one sample, without the batch.
 
-def per_sample_gradients(f, params, inputs, vectors):
-    """(N, P) g_i = J_i^T vector_i for vectors (N, *output shape), with the parameters in the order of the dict (Eq. 10)."""
-    N = len(_checked(inputs)[0])
-    if len(vectors) != N:
-        raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} does not fit {(N, *vectors.shape[1:])}")
-
-    def one(vector, *sample):
-        v, pull_back = vjp(lambda weights: f(weights, *sample), params)
-        if vector.numel() != v.numel():
-            raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} does not fit {(N, *v.shape)}")
-        return torch.cat([g.flatten() for g in pull_back(vector.view_as(v))[0].values()])
-    return vmap(one)(vectors, *inputs)
-
-
-def ntk_trace(f, params, inputs, chunk=16):
-    """(N, N) tr K_ij: the Gram matrices of the Jacobian's rows, summed over the D outputs; `chunk` N P numbers in memory (Eq. 11)."""
-    v = vmap(lambda *one: f(params, *one).flatten())(*_checked(inputs))    # (N, D)
-    unit = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)   # (D, D)
-    rows = vmap(lambda e: per_sample_gradients(f, params, inputs, e.expand_as(v)))
-    return sum(torch.einsum("cip,cjp->ij", G, G) for G in map(rows, unit.split(chunk)))
-
-
-def interaction_matrix(f, params, inputs, residuals, chunk=None):
-    """(N, N) M_ij = <g_i, g_j> for residuals (N, *output shape); N P numbers in memory, or 2 `chunk` P and more time (Eq. 12)."""
-    if chunk is None:
-        G = per_sample_gradients(f, params, inputs, residuals)     # (N, P)
-        return G @ G.T
-    parts = [(part[0], part[1:]) for part in zip(*(z.split(chunk) for z in (residuals, *_checked(inputs))))]
-    G = lambda part: per_sample_gradients(f, params, part[1], part[0])     # (chunk, P)
-    return torch.cat([torch.cat([rows @ G(part).T for part in parts], 1) for rows in map(G, parts)])
-
-
-def of_module(model):
-    """(f, params): the module as a function f(params, *one_input) of one sample, for this route."""
+    params are the parameters that require a gradient. If the model returns a dict or a tuple,
+    `output` is the key or the index of the tensor that is meant; without it, all its tensors are
+    joined to one vector. Raises ValueError for a model whose samples have no gradient of their own.
+    """
+    _require_separate_samples(model)
     params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError("no parameter of the model requires a gradient: all are frozen")
 
-    def f(weights, *one):
+    def f(params, *one, **named):
         batch = tuple(z[None] for z in one)
-        return functional_call(model, weights, batch)[0]
+        named = {name: z[None] for name, z in named.items()}
+        v = functional_call(model, params, batch, named)
+        return _one_tensor(v, output)[0]
 
     return f, params
 
 
-def _checked(inputs):
-    if not isinstance(inputs, tuple) or len({len(z) for z in inputs}) != 1:
-        raise ValueError("inputs must be a tuple of tensors with the same number of samples on their first axis")
-    return inputs
+@torch.no_grad()
+def per_sample_gradients(f, params, inputs, vectors):
+    """(N, P) g_i = J_i^T vector_i for vectors (N, *output shape); params in their order (Eq. 10).
+
+    Raises ValueError if the numbers of samples differ, or a vector does not fit its output.
+    """
+    _require_as_many(vectors, inputs)
+
+    def one_gradient(vector, sample):
+        def output(params):
+            return _call(f, params, sample)
+
+        # A vector-Jacobian product (vjp): an ordinary backward pass that begins with this vector.
+        v, pull_back = vjp(output, params)
+        vector = _like(vector[None], v[None])[0]
+        g, = pull_back(vector)
+        return torch.cat([g_of_one.flatten() for g_of_one in g.values()])
+
+    return vmap(one_gradient)(vectors, inputs)                     # (N, P)
+
+
+@torch.no_grad()
+def interaction_matrix(f, params, inputs, residuals, chunk=None, columns=None):
+    """(N, N) M_ij = <g_i, g_j> for residuals (N, *output shape) (Eq. 12).
+
+    With columns = (inputs, residuals) of a second batch of N2 samples, M is (N, N2): its rows are
+    evaluated, its columns are trained on (Eq. 22). It takes N P numbers of memory, or 2 `chunk` P
+    and more time. Raises ValueError as per_sample_gradients does.
+    """
+    if chunk is None and columns is None:
+        G = per_sample_gradients(f, params, inputs, residuals)     # (N, P)
+        return G @ G.T                                             # (N, N)
+    if columns is None:
+        columns = (inputs, residuals)
+    bands = []
+    for part in _parts(inputs, residuals, chunk):
+        G = per_sample_gradients(f, params, *part)
+        blocks = []
+        for other in _parts(*columns, chunk):
+            blocks.append(G @ per_sample_gradients(f, params, *other).T)
+        bands.append(torch.cat(blocks, 1))
+    return torch.cat(bands)
+
+
+@torch.no_grad()
+def ntk_vector_product(f, params, inputs, vectors):
+    """(N, D) K applied to vectors (N, *output shape), while K is never formed (Eq. 11)."""
+    _require_as_many(vectors, inputs)
+
+    def all_outputs(params):
+        return _outputs(f, params, inputs)
+
+    # Backward to the parameters: g = sum_j J_j^T vector_j.
+    v, pull_back = vjp(all_outputs, params)                        # (N, ...)
+    g, = pull_back(_like(vectors, v))
+    # Forward to the outputs again, by a Jacobian-vector product (jvp): J_i g.
+    _, product = jvp(all_outputs, (params,), (g,))                 # (N, ...), (N, ...)
+    return product.reshape(len(v), -1)                             # (N, D)
+
+
+@torch.no_grad()
+def ntk_blocks(f, params, inputs, chunk=16):
+    """(N, N, D, D) K_ij = J_i J_j^T: K times all N D unit vectors, `chunk` at once (Eq. 11)."""
+    N = _count(inputs)
+    v = _outputs(f, params, inputs).reshape(N, -1)                 # (N, D)
+    D = v.shape[1]
+    unit = torch.eye(N * D, dtype=v.dtype, device=v.device)        # (ND, ND)
+
+    def column(vector):
+        return ntk_vector_product(f, params, inputs, vector)
+
+    columns = vmap(column, chunk_size=chunk)(unit.view(N * D, N, D))       # (ND, N, D)
+    # The column of sample j and its output e holds K_ij[d, e] at the place (i, d).
+    return columns.view(N, D, N, D).permute(2, 0, 3, 1)            # (N, N, D, D)
+
+
+@torch.no_grad()
+def ntk_trace(f, params, inputs, chunk=16):
+    """(N, N) tr K_ij, for `chunk` outputs at once: `chunk` N P numbers of memory (Eq. 11)."""
+    N = _count(inputs)
+    v = _outputs(f, params, inputs).reshape(N, -1)                 # (N, D)
+    D = v.shape[1]
+    unit = torch.eye(D, dtype=v.dtype, device=v.device)            # (D, D)
+
+    def row_of_each_jacobian(e):
+        return per_sample_gradients(f, params, inputs, e.expand(N, D))
+
+    trace = 0
+    for some in unit.split(chunk):
+        J = vmap(row_of_each_jacobian)(some)
+        trace = trace + (J @ J.mT).sum(0)                          # (N, N)
+    return trace
+
+
+def _call(f, params, sample):
+    """f of one sample, whose inputs are a tuple, or a dict if they are given by name."""
+    if isinstance(sample, dict):
+        return f(params, **sample)
+    return f(params, *sample)
+
+
+def _outputs(f, params, inputs):
+    """(N, ...) f of every sample."""
+
+    def one_output(sample):
+        return _call(f, params, sample)
+
+    return vmap(one_output)(inputs)
+
+
+def _one_tensor(v, output):
+    """A model's output as one tensor, whatever it returns; see of_module."""
+    if isinstance(v, torch.Tensor):
+        return v
+    if not isinstance(v, (dict, tuple, list)):
+        raise ValueError(f"the model returns a {type(v).__name__}, not a tensor, dict or tuple")
+    if output is not None:
+        return v[output]
+    values = v.values() if isinstance(v, dict) else v
+    return torch.cat([z.flatten(1) for z in values if isinstance(z, torch.Tensor)], 1)
+
+
+def _count(inputs):
+    """The number of samples N. Raises ValueError if the inputs do not agree on one."""
+    sizes = set()
+    if isinstance(inputs, (tuple, dict)):
+        for z in inputs.values() if isinstance(inputs, dict) else inputs:
+            is_batch = isinstance(z, torch.Tensor) and z.dim() > 0
+            sizes.add(len(z) if is_batch else 0)
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError("inputs must be a tuple or a dict of tensors with the same number of "
+                         "samples, at least one, on their first axis")
+    return sizes.pop()
 
 
 def _like(vectors, v):
-    if len(vectors) != len(v) or vectors.numel() != v.numel():
-        raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} does not fit {tuple(v.shape)}")
-    return vectors.reshape(v.shape)
+    """The vectors in the shape of v, which they must have already, or flattened to (N, D)."""
+    if tuple(vectors.shape) not in (tuple(v.shape), (len(v), v[0].numel())):
+        raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} "
+                         f"does not fit {tuple(v.shape)}")
+    return vectors.reshape(v.shape).to(v)
 
 
-# --- The fast route ----------------------------------------------------------------------------------------------
+def _require_as_many(vectors, inputs):
+    N = _count(inputs)
+    if len(vectors) != N:
+        raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} "
+                         f"does not fit {(N, *vectors.shape[1:])}")
 
-LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
+
+def _parts(inputs, vectors, chunk):
+    """The batch in parts of `chunk` samples (None: in one), as a list of (inputs, vectors)."""
+    _require_as_many(vectors, inputs)
+    N = len(vectors)
+    size = N if chunk is None else chunk
+    parts = []
+    for start in range(0, N, size):
+        some = slice(start, start + size)
+        if isinstance(inputs, dict):
+            part = {name: z[some] for name, z in inputs.items()}
+        else:
+            part = tuple(z[some] for z in inputs)
+        parts.append((part, vectors[some]))
+    return parts
 
 
-def fast_interaction_matrix(model, inputs, residuals):
-    """(N, N) M for model(*inputs), whose samples must not depend on each other; over the parameters that require a gradient (Eq. 12).
+def _require_separate_samples(model):
+    """Raises ValueError, with the cause, for a module that neither route can take."""
+    for name, module in model.named_modules():
+        name = name or "the model"
+        compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
+        if type(module).__name__ == "OptimizedModule" or compiled_in_place:
+            raise ValueError(f"{name} is compiled, and its layers cannot be seen; give the module "
+                             "as it was before torch.compile")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.training or module.running_mean is None:
+                raise ValueError(f"{name} is a BatchNorm in training: it couples the samples, so "
+                                 "that none has a gradient of its own; call eval() first")
+        for own, p in module.named_parameters(recurse=False):
+            # Pruning computes `weight` from `weight_orig`, the old weight_norm from `weight_g`.
+            computed = own.rpartition("_")[0]
+            if p.requires_grad and module._forward_pre_hooks and hasattr(module, computed):
+                raise ValueError(f"{name} computes its {computed} from {own} in a hook (pruning, "
+                                 "or an old weight_norm or spectral_norm); make it permanent, or "
+                                 "use torch.nn.utils.parametrizations")
 
-    Raises ValueError naming a layer that it does not cover, a shared parameter, or a layer that is called twice.
+
+# --- The fast route: M, layer by layer ------------------------------------------------------------
+# Most layers apply one matrix at several places t: z_t = W a_t. A Linear layer has a place for each
+# token, a convolution one for each patch of the image that it sees, an Embedding one for each word
+# (its a_t is one-hot). A bias is a column of W whose input is always 1. The gradient of a sample is
+# then sum_t b_t a_t^T, and one_linear_layer's identity becomes
+#     <g_i, g_j> = sum_ts <a_it, a_js> <b_it, b_js>.
+# (Novak et al. 2022 call this structured derivatives.) M is the sum of its layers' shares.
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *NORMS)
+
+USE_CLEAR = "use the clear route: interaction_matrix(*of_module(model), inputs, residuals)"
+
+
+class Seen(NamedTuple):
+    """What one layer saw in a forward pass."""
+
+    module: nn.Module
+    trained: dict              # its own parameters that require a gradient, by name
+    given: torch.Tensor        # its input
+    shape: torch.Size          # of its output
+    edge: object               # its output's place in autograd's graph
+
+
+class Pass(NamedTuple):
+    """A batch's forward pass."""
+
+    inputs: object
+    v: torch.Tensor            # the output
+    r: torch.Tensor            # the vectors that meet it
+    layers: dict               # {name: Seen} of the layers that are taken apart
+
+
+class Share(NamedTuple):
+    """What some parameters, mostly those of one layer, add to M."""
+
+    name: str
+    params: list
+    products: torch.Tensor     # the inner products of their gradients
+
+
+@torch.no_grad()
+def fast_interaction_matrix(model, inputs, residuals, columns=None, check=True):
+    """(N, N) M of model(*inputs) for residuals (N, *output shape), without any Jacobian (Eq. 12).
+
+    M is over the parameters that require a gradient. With columns = (inputs, residuals) of a second
+    batch of N2 samples it is (N, N2): its rows are evaluated, its columns are trained on (Eq. 22).
+    It is proved by one backward pass, unless check is False. Raises ValueError where it would be
+    wrong, with the layer and, where that can be told, the cause.
     """
-    v, calls = _record(model, inputs)
-    cotangents = _cotangents(v, calls, _like(residuals, v)[None])
-    return _sum_of_shares(calls, [cotangents])[0, :, 0].detach()
+    rows = _forward(model, inputs, residuals)
+    columns = rows if columns is None else _forward(model, *columns)
+    shares = _shares(model, rows, columns)
+    if check:
+        _prove(shares, rows, columns)
+    return sum(share.products for share in shares)
 
 
-def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27):
-    """(N, N, D, D) K_ij; errors as above. Layers are taken in groups of at most `hold` cotangent numbers, to bound the memory (Eq. 11)."""
-    v, calls = _record(model, inputs)
-    D = v[0].numel()
-    unit = torch.eye(D, dtype=v.dtype, device=v.device).view(D, 1, *v.shape[1:]).expand(-1, *v.shape)      # (D, N, ...)
-    groups, held = [[]], 0
-    for call in calls[::-1]:                                       # from the output on: the first backward passes are short
-        held += D * call[2].numel()
-        if groups[-1] and held > hold:
-            groups.append([])
-            held = D * call[2].numel()
-        groups[-1].append(call)
-    K = sum(_sum_of_shares(group, [_cotangents(v, group, part) for part in unit.split(chunk)]) for group in groups)
-    return K.permute(1, 3, 0, 2).detach()
+def _shares(model, rows, columns):
+    """[Share]: one for each layer that is taken apart, and one for all other parameters."""
+    batches = [rows] if columns is rows else [rows, columns]
+    layers = {name: seen for name, seen in rows.layers.items() if name in columns.layers}
+    cotangents = [_cotangents(batch, list(layers), batch.r) for batch in batches]
+    shares = []
+    for name, layer in layers.items():
+        by_grams = _grams_are_cheaper(layer, len(rows.v), 1)
+        factors = []
+        for batch, b in zip(batches, cotangents):
+            factors.append(_factors(batch.layers[name], b[name][:, None], by_grams))
+        products = _inner_products(factors[0], factors[-1])        # (N, N2)
+        shares.append(Share(name, list(layer.trained.values()), products))
+    rest = _rest(model, layers)
+    if rest:
+        G = [_rest_gradients(model, rest, batch.inputs, batch.r) for batch in batches]
+        shares.append(Share(_listed(rest), list(rest.values()), G[0] @ G[-1].T))
+    return shares
 
 
-def _record(model, inputs):
-    """The output and the (layer, input, output) of each layer with a trainable parameter."""
-    owner, calls, handles = {}, [], []
+def _prove(shares, rows, columns):
+    """Raises ValueError unless s^T M s = |sum_i s_i g_i|^2 for random weights s: Eq. 13 at work.
 
-    def keep(name):
-        def hook(layer, args, z):
-            if not args:
-                raise ValueError(f"{name} is called with its input by keyword; call it by position, or use the clear route")
-            calls.append((name, layer, args[0].detach().clone(), z))
-            return z.clone()                                       # what works in place on it leaves ours alone
-        return hook
-    for name, layer in model.named_modules():
-        own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(f"{name} is a BatchNorm: it couples the samples, so that none has a gradient of its own")
-        if own and not _covered(layer):
-            raise ValueError(f"{name or 'the model'} ({type(layer).__name__}) has parameters, but the fast route covers only plain "
-                             "Linear, Conv2d, Embedding, LayerNorm and GroupNorm; use the clear route")
-        for p in own:
-            if id(p) in owner:
-                raise ValueError(f"{name} shares a parameter with {owner[id(p)]}; use the clear route")
-            owner[id(p)] = name
-        if own:
-            handles.append(layer.register_forward_hook(keep(name)))
+    The right side takes one ordinary backward pass, which begins with the vectors s_i r_i. (With
+    equal weights a layer could pass whose rows are not the samples.) It is done share by share.
+    With a second batch it is s^T M s' = <sum_i s_i g_i, sum_j s'_j g'_j>.
+    """
+    params = [p for share in shares for p in share.params]
+    s, g = _weighted_gradient(params, rows, seed=0)
+    s_columns, g_columns = s, g
+    if columns is not rows:
+        s_columns, g_columns = _weighted_gradient(params, columns, seed=1)
+    sides = []
+    for name, own, M in shares:
+        by_share = s @ M @ s_columns
+        by_gradient = sum((g[p] * g_columns[p]).sum() for p in own)
+        # How large the terms are of which both sides are sums: rounding is measured by it.
+        size = s.abs() @ M.abs() @ s_columns.abs() + by_gradient.abs()
+        sides.append(torch.stack([by_share, by_gradient, size]))
+    sides = torch.stack(sides).tolist()
+    eps = torch.finfo(s.dtype).eps
+    total = sum(size for _, _, size in sides)
+    for share, (by_share, by_gradient, size) in zip(shares, sides):
+        gap = abs(by_share - by_gradient)
+        # Two thirds of the digits must agree, down to what is rounded away in the whole M.
+        if not gap <= eps ** (2 / 3) * size + eps * total:
+            raise ValueError(
+                f"{share.name}: for random weights s its share of s^T M s is {by_share:.4g}, but "
+                f"|sum_i s_i g_i|^2 is {by_gradient:.4g}, so M would be wrong. Either its weight "
+                "is also used outside its call (tied, or in a norm), or a hook changes what it "
+                "gives, or row k of what it sees is not of sample k alone (the sequence first, "
+                "samples that depend on each other, random numbers), or its products are rounded "
+                f"to fewer digits (TF32). Otherwise {USE_CLEAR}")
+
+
+def _weighted_gradient(params, batch, seed):
+    """Random weights s (N,), and {parameter: sum_i s_i g_i}."""
+    s = _random(torch.rand, (len(batch.v),), batch.v, seed)        # (N,)
+    # Signs, so that nothing agrees by chance, and sizes from 1 to 2, so that every sample counts.
+    s = 2 * s - 1
+    s = s + s.sign()
+    vectors = batch.r * s.view(-1, *[1] * (batch.v.dim() - 1))     # (N, ...)
+    g = torch.autograd.grad(batch.v, params, vectors, retain_graph=True, allow_unused=True,
+                            materialize_grads=True)
+    return s, dict(zip(params, g))
+
+
+def _cotangents(batch, names, vectors):
+    """{name: the cotangent of the layer's output}, back from vectors (N, ...) at the output v."""
+    if not names:
+        return {}
+    edges = [batch.layers[name].edge for name in names]
+    found = torch.autograd.grad(batch.v, edges, vectors, retain_graph=True, allow_unused=True)
+    cotangents = {}
+    for name, b in zip(names, found):
+        # None says that the layer does not reach the output.
+        cotangents[name] = batch.v.new_zeros(batch.layers[name].shape) if b is None else b
+    return cotangents
+
+
+def _factors(layer, cotangents, by_grams):
+    """The gradients of one layer for C cotangents (N, C, ...) of each sample's output.
+
+    Either as the factors a (N, T, I) and b (N, C, T, O) of the gradients sum_t b_t a_t^T, or
+    multiplied out, as None and the gradients (N, C, P).
+    """
+    module = layer.module
+    N, C = cotangents.shape[:2]
+    b = _places(module, cotangents.flatten(0, 1))                  # (NC, T, O)
+    b = b.unflatten(0, (N, C))                                     # (N, C, T, O)
+    if by_grams:
+        a = _inputs(layer)                                         # (N, T, I)
+        if "bias" in layer.trained:
+            a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
+        return a, b
+    gradients = []
+    if "weight" in layer.trained:
+        if isinstance(module, NORMS):
+            # A norm multiplies each channel by its weight: a matrix that is diagonal.
+            a = _places(module, _normalised(module, layer.given))  # (N, T, O)
+            g = torch.einsum("nto,ncto->nco", a, b)
+        elif isinstance(module, CONVOLUTIONS) and C == 1:
+            g = _convolution_gradients(layer, cotangents[:, 0])
+        else:
+            g = torch.einsum("nti,ncto->ncio", _inputs(layer), b)
+        gradients.append(g.reshape(N, C, -1))
+    if "bias" in layer.trained:
+        gradients.append(b.sum(2))
+    return None, torch.cat(gradients, -1)
+
+
+def _inner_products(rows, columns):
+    """(N, N2) <g_i, g'_j> from the factors of two batches, with one cotangent a sample (C = 1)."""
+    (a, b), (a_columns, b_columns) = rows, columns
+    b, b_columns = b[:, 0], b_columns[:, 0]
+    # In bands of rows: all pairs of places at once would need too much memory.
+    band = 32
+    if a is not None:
+        pairs_of_one_row = a.shape[1] * a_columns.shape[1] * len(a_columns)
+        band = max(1, min(band, 2**24 // pairs_of_one_row))
+    symmetric = columns is rows
+    M = b.new_zeros(len(b), len(b_columns))                        # (N, N2)
+    for i in range(0, len(b), band):
+        some = slice(i, i + band)
+        first = i if symmetric else 0
+        if a is None:
+            M[some, first:] = b[some] @ b_columns[first:].T
+        else:
+            inner = torch.tensordot(a[some], a_columns[first:], ([2], [2]))
+            inner *= torch.tensordot(b[some], b_columns[first:], ([2], [2]))
+            M[some, first:] = inner.sum((1, 3))
+    return M.triu() + M.triu(1).T if symmetric else M
+
+
+def _grams_are_cheaper(layer, N, C):
+    """Whether Gram matrices take fewer multiplications than gradients, for N samples."""
+    if isinstance(layer.module, NORMS) or "weight" not in layer.trained:
+        return False
+    O, I = layer.module.weight.flatten(1).shape
+    if isinstance(layer.module, nn.Embedding):
+        I, O = O, I
+    T = layer.shape.numel() // (N * O)
+    gradients = C * T * I * O + N / 2 * C * C * I * O
+    grams = N / 2 * (T * T * I + C * T * T * O + C * C * T * O)
+    return grams < gradients
+
+
+# --- What a layer is at its places t --------------------------------------------------------------
+
+def _places(module, z):
+    """(N, T, O) a layer's output, or what has its shape, at the T places of each sample."""
+    if isinstance(module, (*CONVOLUTIONS, nn.GroupNorm)):
+        # Their channels come first.
+        return z.reshape(*z.shape[:2], -1).mT
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        z = z.flatten(-len(module.normalized_shape))
+    return z.reshape(len(z), -1, z.shape[-1])
+
+
+def _inputs(layer):
+    """(N, T, I) the inputs a_t of a layer that applies a matrix."""
+    module, a = layer.module, layer.given
+    if isinstance(module, CONVOLUTIONS):
+        a = _patches(module, a)
+    elif isinstance(module, nn.Embedding):
+        a = F.one_hot(a.long(), module.num_embeddings).to(module.weight.dtype)
+        if module.padding_idx is not None:
+            # The word that pads gets no gradient.
+            a[..., module.padding_idx] = 0
+    return a.reshape(len(a), -1, a.shape[-1])
+
+
+def _patches(convolution, a):
+    """(N, T, I) the patches that a convolution sees, one for each place of its output."""
+    a = _padded(convolution, a)
+    kernel, dilation, stride = convolution.kernel_size, convolution.dilation, convolution.stride
+    if isinstance(convolution, nn.Conv1d):
+        # A sequence is an image of one row.
+        a = a[:, :, None]
+        kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
+    return F.unfold(a, kernel, dilation, 0, stride).mT
+
+
+def _padded(convolution, a):
+    """The input of a convolution with its margin."""
+    margin = convolution._reversed_padding_repeated_twice
+    mode = convolution.padding_mode
+    return F.pad(a, margin, "constant" if mode == "zeros" else mode)
+
+
+def _convolution_gradients(layer, b):
+    """(N, O, ...) the gradients of a convolution's weight, for one cotangent b of each sample.
+
+    Torch has no such function for single samples. But N samples side by side are one image of N
+    groups of channels, and the gradient for that image is all of theirs. It is faster than patches.
+    """
+    convolution, weight = layer.module, layer.module.weight
+    N = len(b)
+    image = _padded(convolution, layer.given).flatten(0, 1)[None]
+    shape = (N * len(weight), *weight.shape[1:])
+    gradient = nn.grad.conv1d_weight if weight.dim() == 3 else nn.grad.conv2d_weight
+    return gradient(image, shape, b.flatten(0, 1)[None], convolution.stride, 0,
+                    convolution.dilation, N)
+
+
+def _normalised(norm, a):
+    """What a norm makes of its input, before its weight and bias."""
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(a, norm.num_groups, eps=norm.eps)
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(a, norm.normalized_shape, eps=norm.eps)
+    return F.rms_norm(a, norm.normalized_shape, eps=norm.eps)
+
+
+# --- The forward pass, and what is refused --------------------------------------------------------
+
+def _forward(model, inputs, vectors=None):
+    """The Pass of a batch, with random vectors if none are given."""
+    if not isinstance(model, nn.Module):
+        raise ValueError("the fast route takes a torch.nn.Module; a function needs the clear route")
+    N = _count(inputs)
+    _require_separate_samples(model)
+    dtype = _one_precision(model)
+    calls = {}
+    handles = []
+
+    def listener(name, module, trained):
+        def listen(_, args, named, z):
+            if z.dtype != dtype:
+                raise ValueError(f"{name} answers in {z.dtype}, and its parameters are {dtype}: "
+                                 "M needs one precision, without autocast")
+            given = [*args, *named.values()][0]
+            # This place in the graph stays z's own, even if z is overwritten later.
+            edge = get_gradient_edge(z) if z.requires_grad else None
+            seen = Seen(module, trained, given.detach().clone(), z.shape, edge)
+            calls.setdefault(name, []).append(seen)
+
+        return listen
+
     try:
+        for name, (module, trained) in _plain_layers(model).items():
+            # First of all hooks, so that it sees what the layer itself gives.
+            handle = module.register_forward_hook(listener(name, module, trained),
+                                                  prepend=True, with_kwargs=True)
+            handles.append(handle)
         with torch.enable_grad():
-            v = model(*_checked(inputs))
+            v = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     finally:
+        # However this ends, the model is left as it was.
         for handle in handles:
             handle.remove()
-    names = [name for name, *_ in calls]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} is called {names.count(name)} times in one pass; use the clear route")
-    aside = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name.rpartition(".")[0] not in names]
-    if aside:
-        used = torch.autograd.grad(v.sum(), [p for _, p in aside], retain_graph=True, allow_unused=True)
-        for (name, _), g in zip(aside, used):
-            if g is not None:
-                raise ValueError(f"{name} is used, but its layer is never called; use the clear route")
-    return v, [call[1:] for call in calls]
+    _require_output(v, N, dtype)
+    if vectors is None:
+        vectors = _random(torch.randn, v.shape, v, seed=2)
+    layers = {}
+    for name, seen in calls.items():
+        if len(seen) == 1 and _rows_are_samples(seen[0], N):
+            layers[name] = seen[0]
+    return Pass(inputs, v, _like(vectors.detach(), v), layers)
 
 
-def _covered(layer):
-    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-        return False
-    if isinstance(layer, nn.Embedding) and (layer.padding_idx is not None or layer.max_norm is not None or layer.scale_grad_by_freq):
-        return False
-    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
-        return False
-    return type(layer) in LAYERS
+def _plain_layers(model):
+    """{name: (layer, its trained parameters)} of LAYERS that do what their type says."""
+    owners = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners[p] = owners.get(p, 0) + 1
+    layers = {}
+    for name, module in model.named_modules():
+        if type(module) not in LAYERS or "forward" in vars(module):
+            continue
+        if isinstance(module, CONVOLUTIONS) and module.groups > 1:
+            continue
+        if isinstance(module, nn.Embedding):
+            if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+                continue
+        own = dict(module.named_parameters(recurse=False))
+        trained = {which: p for which, p in own.items() if p.requires_grad}
+        shared = any(owners[p] > 1 for p in trained.values())
+        if trained and not shared and own.keys() <= {"weight", "bias"}:
+            layers[name or "the model"] = (module, trained)
+    return layers
 
 
-def _cotangents(v, calls, vectors):
-    """For each call the cotangents (C, N, ...) of its output, for C vectors (C, N, ...) at the model's output."""
-    outputs = [z for _, _, z in calls]
-    found = torch.autograd.grad(v, outputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True)
-    return [torch.zeros(len(vectors), *z.shape, dtype=z.dtype, device=z.device) if b is None else b for b, z in zip(found, outputs)]
+def _rows_are_samples(layer, N):
+    """Whether the layer saw one row a sample, as far as shapes can tell."""
+    axes = 1
+    if isinstance(layer.module, CONVOLUTIONS):
+        axes = layer.module.weight.dim() - 1
+    if isinstance(layer.module, (nn.LayerNorm, nn.RMSNorm)):
+        axes = len(layer.module.normalized_shape)
+    batched = len(layer.shape) > axes and layer.given.dim() > 0
+    return bool(layer.edge and batched and len(layer.given) == N and layer.shape[0] == N)
 
 
-def _sum_of_shares(calls, parts):
-    """(C, N, C, N) the inner products of all gradients: the sum over the layers. Uses up the parts, chunks of _cotangents."""
-    share = 0
-    for layer, a, _ in calls:
-        share = share + _share(layer, a, torch.cat([part.pop(0) for part in parts]))
-    return share
+def _one_precision(model):
+    """The type of all parameters that require a gradient: float32 or float64."""
+    names = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            names[p.dtype] = name
+    if not names:
+        raise ValueError("no parameter of the model requires a gradient: all are frozen")
+    if len(names) > 1 or not names.keys() <= {torch.float32, torch.float64}:
+        listed = ", ".join(f"{name} is {dtype}" for dtype, name in names.items())
+        raise ValueError(f"M needs parameters of one precision, float32 or float64, but {listed}")
+    return next(iter(names))
 
 
-def _share(layer, a, b):
-    """(C, N, C, N) one layer's share, for its input a (N, ...) and the cotangents b (C, N, ...) of its output."""
-    if isinstance(layer, nn.Conv2d):                               # a linear layer on patches
-        a = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT             # (N, T, I)
-        b = b.flatten(3).mT                                        # (C, N, T, O)
-    elif isinstance(layer, nn.Embedding):                          # a linear layer on one-hot words
-        a = F.one_hot(a, layer.num_embeddings).to(b.dtype)         # (N, ..., I)
-    elif isinstance(layer, nn.GroupNorm):
-        a, b = F.group_norm(a, layer.num_groups, eps=layer.eps).movedim(1, -1), b.movedim(2, -1)       # (N, ..., I), (C, N, ..., I)
-    elif isinstance(layer, nn.LayerNorm):
-        a = F.layer_norm(a, layer.normalized_shape, eps=layer.eps) # (N, ..., I)
-    a = a.reshape(len(a), -1, a.shape[-1])                         # (N, T, I)
-    b = b.reshape(*b.shape[:2], -1, b.shape[-1])                   # (C, N, T, O)
-    share, bias = 0, getattr(layer, "bias", None)
-    if layer.weight.requires_grad:
-        norm = isinstance(layer, (nn.GroupNorm, nn.LayerNorm))     # their weight is a diagonal: its gradient is sum_t b_t a_t
-        share = share + (_gram((a * b).sum(2)) if norm else _linear_share(a, b))
-    if bias is not None and bias.requires_grad:
-        share = share + _gram(b.sum(2))
-    return share
+def _require_output(v, N, dtype):
+    """Raises ValueError unless v is a tensor with one row a sample that has a gradient."""
+    if not isinstance(v, torch.Tensor):
+        raise ValueError(f"the model returns a {type(v).__name__}, not a tensor; {USE_CLEAR}")
+    if v.dim() == 0 or len(v) != N:
+        raise ValueError(f"the model answers {N} samples with an output of shape {tuple(v.shape)}; "
+                         "the samples must be on its first axis")
+    if v.dtype != dtype:
+        raise ValueError(f"the model answers in {v.dtype}, and its parameters are {dtype}: M needs "
+                         "one precision")
+    if not v.requires_grad:
+        raise ValueError("the model's output has no gradient: it is detached, or made in no_grad")
 
 
-def _gram(G):
-    """(C, N, C, N) inner products of the gradients G (C, N, anything)."""
-    rows = G.flatten(2).flatten(0, 1)                              # (CN, P)  P of this layer
-    return (rows @ rows.T).view(*G.shape[:2], *G.shape[:2])
+def _rest(model, layers):
+    """{name: parameter} of what belongs to no layer taken apart: positions, or tied weights."""
+    covered = set()
+    for layer in layers.values():
+        covered.update(layer.trained.values())
+    rest = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad and p not in covered:
+            rest[name] = p
+    return rest
 
 
-def _linear_share(a, b):
-    """(C, N, C, N) of dW = sum_t b_t a_t^T, by whichever needs fewer multiplications: dW itself or the two Gram matrices."""
-    (N, T, I), (C, _, _, O) = a.shape, b.shape
-    if C * N * T * I * O + (C * N) ** 2 * I * O < (N * T) ** 2 * I + C * (N * T) ** 2 * O + (C * N) ** 2 * T * O:
-        return _gram(torch.einsum("nti,cnto->cnio", a, b))
-    share, b = b.new_empty(N, C, N, C), b.transpose(0, 1).contiguous()     # (N, C, N, C), (N, C, T, O)
-    for i in range(N):                                             # K is symmetric: from sample i on is enough
-        A = a[i] @ a[i:].mT                                        # (N - i, T, T)      <a_it, a_js>
-        met = A[:, None] @ b[i:]                                   # (N - i, C, T, O)   sum_s <a_it, a_js> b_js
-        share[i, :, i:] = (b[i].flatten(1) @ met.flatten(2).flatten(0, 1).T).view(C, -1, C)
-        share[i:, :, i] = share[i, :, i:].permute(1, 2, 0).clone()
-    return share.permute(1, 0, 3, 2)
+def _rest_gradients(model, rest, inputs, vectors):
+    """(N, P) the gradients of the rest, by the clear route."""
+    f, params = of_module(model)
+    params = {name: params[name] for name in rest}
+    try:
+        return per_sample_gradients(f, params, inputs, vectors)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        known = ", ".join(layer.__name__ for layer in LAYERS)
+        raise ValueError(f"{_listed(rest)}: the fast route takes apart only {known} that are "
+                         "called once, with one row a sample, and the clear route cannot run this "
+                         f"model: {error}") from error
 
 
-# --- What the kernel says about training -------------------------------------------------------------------------
+def _listed(rest):
+    """The first names of the rest."""
+    names = list(rest)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _random(kind, shape, like, seed):
+    """Random numbers from a generator of their own, so that no other random numbers change."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return kind(shape, generator=generator, device="cpu", dtype=like.dtype).to(like.device)
+
+
+# --- The fast route: K ----------------------------------------------------------------------------
+
+@torch.no_grad()
+def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27, check=True):
+    """(N, N, D, D) K_ij of model(*inputs), layer by layer; errors as for M (Eq. 11).
+
+    `chunk` unit vectors go backward at once, for groups of layers that hold at most `hold` numbers.
+    K is proved by M for random vectors, and this M by a backward pass, unless check is False.
+    """
+    batch = _forward(model, inputs)
+    N, D = len(batch.v), batch.v[0].numel()
+    if check:
+        # First of all: it takes little time, and names the layer if there is something wrong.
+        shares = _shares(model, batch, batch)
+        _prove(shares, batch, batch)
+        M = sum(share.products for share in shares)                # (N, N)
+    K = batch.v.new_zeros(N, D, N, D)                              # (N, D, N, D)
+    for names in _groups(batch, hold):
+        factors = _unit_factors(batch, names, chunk)
+        while factors:
+            _, (a, b) = factors.popitem()
+            _add_share(K, a, b)
+    rest = _rest(model, batch.layers)
+    if rest:
+        _add_share(K, None, _unit_rest(model, rest, batch, chunk))
+    _mirror(K.view(N * D, N * D))
+    if check:
+        _require_same(K, batch.r.view(N, D), M)
+    return K.transpose(1, 2)                                       # (N, N, D, D)
+
+
+def _groups(batch, hold):
+    """Lists of layers' names, from the output on, so that the first backward passes are short."""
+    N, D = len(batch.v), batch.v[0].numel()
+    groups, held = [[]], 0
+    for name, layer in reversed(batch.layers.items()):
+        size = D * layer.shape.numel()
+        if not _grams_are_cheaper(layer, N, D):
+            size = N * D * sum(p.numel() for p in layer.trained.values())
+        if groups[-1] and held + size > hold:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def _unit_factors(batch, names, chunk):
+    """{name: the layer's factors} for all D unit vectors at the output, as in _factors (C = D)."""
+    N, D = len(batch.v), batch.v[0].numel()
+    kept = {}
+
+    def back(vectors):
+        return _cotangents(batch, names, vectors)
+
+    for start, unit in zip(range(0, D, chunk), _unit_vectors(batch.v).split(chunk)):
+        some = slice(start, start + len(unit))
+        found = vmap(back)(unit)
+        for name in names:
+            layer = batch.layers[name]
+            by_grams = _grams_are_cheaper(layer, N, D)
+            a, b = _factors(layer, found.pop(name).transpose(0, 1), by_grams)
+            if name not in kept:
+                kept[name] = (a, b.new_empty(N, D, *b.shape[2:]))
+            kept[name][1][:, some] = b
+    return kept
+
+
+def _unit_vectors(v):
+    """(D, N, ...) one vector for each of the D outputs: 1 there, for every sample."""
+    D = v[0].numel()
+    unit = torch.eye(D, dtype=v.dtype, device=v.device)            # (D, D)
+    return unit.view(D, 1, *v.shape[1:]).expand(D, *v.shape)
+
+
+def _unit_rest(model, rest, batch, chunk):
+    """(N, D, P) the rest's part of each Jacobian."""
+    def back(vectors):
+        return _rest_gradients(model, rest, batch.inputs, vectors)
+
+    rows = [vmap(back)(unit) for unit in _unit_vectors(batch.v).split(chunk)]
+    return torch.cat(rows).transpose(0, 1)
+
+
+def _add_share(K, a, b, block=256):
+    """Adds a layer's share to K (N, D, N, D), only on and below the diagonal: K is symmetric.
+
+    It goes in place and by blocks of columns, so that little memory is needed beside K.
+    """
+    N, D = b.shape[:2]
+    if a is None:
+        G = b.flatten(0, 1)                                        # (ND, P)
+        K = K.view(N * D, N * D)                                   # (ND, ND)
+        for start in range(0, N * D, block):
+            K[start:, start:start + block].addmm_(G[start:], G[start:start + block].T)
+        return
+    for i in range(N):
+        # <a_js, a_it> for all samples j from i on.
+        A = (a[i:] @ a[i].T).flatten(0, 1)
+        for start in range(0, D, block):
+            some = slice(start, start + block)
+            # sum_t <a_js, a_it> b_it, for the unit vectors of these columns.
+            met = (A @ b[i, some]).unflatten(1, (N - i, -1)).flatten(2)
+            K[i, start:, i, some].addmm_(b[i, start:].flatten(1), met[:, 0].T)
+            for j in range(i + 1, N):
+                K[j, :, i, some].addmm_(b[j].flatten(1), met[:, j - i].T)
+
+
+def _mirror(K, block=256):
+    """Fills the upper half of a symmetric matrix from its lower half, in place."""
+    for start in range(0, len(K), block):
+        end = start + block
+        own = K[start:end, start:end]
+        own.copy_(own.tril() + own.tril(-1).T)
+        K[start:end, end:] = K[end:, start:end].T
+
+
+def _require_same(K, r, M):
+    """Raises ValueError unless r_i^T K_ij r_j = M_ij (Eq. 12)."""
+    by_kernel = torch.einsum("idje,je->ijd", K, r)
+    by_kernel = torch.einsum("ijd,id->ij", by_kernel, r)           # (N, N)
+    eps = torch.finfo(M.dtype).eps
+    length = M.diagonal().sqrt()                                   # (N,)
+    # As in _prove: half of the digits, measured by the lengths of the gradients.
+    allowed = math.sqrt(eps) * length[:, None] * length + eps * M.trace()
+    gap = (by_kernel - M).abs()                                    # (N, N)
+    if not (gap <= allowed).all():
+        raise ValueError("K would be wrong: for random vectors r, r_i^T K_ij r_j differs from M "
+                         f"by up to {gap.max():.4g}, where M is up to {M.abs().max():.4g}; use the "
+                         "clear route: ntk_blocks(*of_module(model), inputs)")
+
+
+# --- What the kernel says about training ----------------------------------------------------------
+# All of it is for plain gradient descent, in infinitely small steps of the time tau, on the loss
+# L = 1/(2N) sum_i |r_i|^2. (AdamW has an inner product of its own, and signs can change.)
 
 def loss_velocity(M):
-    """dL/dtau = -|grad L|^2 under gradient flow on L = 1/(2N) sum_i |r_i|^2, as (trace term, cross terms) (Eq. 13)."""
-    own = M.diagonal().sum()
-    return -own / len(M) ** 2, -(M.sum() - own) / len(M) ** 2
+    """dL/dtau = -|grad L|^2 as its two parts: the trace term and the cross terms (Eq. 13)."""
+    N = _require_square(M)
+    trace = M.trace()
+    cross = M.sum() - trace
+    return -trace / N**2, -cross / N**2
 
 
 def sample_velocities(M):
-    """(N,), (N,): d(|r_i|^2 / 2)/dtau as a sample's own progress and the interference of the others; below 0 is better (Eq. 14)."""
-    own = M.diagonal()
-    return -own / len(M), -(M.sum(1) - own) / len(M)
+    """(N,), (N,): d(|r_i|^2 / 2)/dtau as own progress and interference (Eq. 14).
+
+    The first is what sample i does to itself, the second what the others do to it. A sum above 0
+    says that the batch makes sample i worse.
+    """
+    N = _require_square(M)
+    own = M.diagonal()                                             # (N,)
+    others = M.sum(1) - own                                        # (N,)
+    return -own / N, -others / N
 
 
 def predicted_change(M, eta):
-    """The change of L by a step theta - eta grad L, up to O(eta^2) (Eq. 15)."""
-    return eta * sum(loss_velocity(M))
+    """The change of L by the step theta - eta grad L, up to O(eta^2) (Eq. 15).
+
+    If M is rectangular, it is the change of the rows' loss by a step on the columns (Eq. 22).
+    """
+    return -eta * M.mean()
 
 
 def cosines(M):
     """(N, N) the cosines between the samples' gradients."""
-    size = M.diagonal().sqrt()
-    return M / (size[:, None] * size)
+    _require_square(M)
+    length = M.diagonal().sqrt()                                   # (N,)
+    return M / (length[:, None] * length)
 
 
 def conflict_share(M, groups=None):
-    """(G, G) the share of pairs i != j with M_ij < 0, within and between groups ((N,) labels); one group if None; nan: no pair."""
-    labels, of = torch.unique(torch.zeros(len(M)) if groups is None else groups, return_inverse=True)
-    member = F.one_hot(of, len(labels)).to(M)                      # (N, G)
-    pairs = 1 - torch.eye(len(M), dtype=M.dtype, device=M.device)
-    count = lambda chosen: member.T @ (chosen * pairs) @ member    # (G, G)
-    return count((M < 0).to(M)) / count(torch.ones_like(M))
+    """(G, G) the share of pairs i != j with M_ij < 0, within and between groups.
+
+    groups (N,) are labels; without them all samples are one group. Where there is no pair: nan.
+    """
+    N = _require_square(M)
+    if groups is None:
+        groups = torch.zeros(N, device=M.device)
+    labels, group = torch.unique(groups, return_inverse=True)      # (G,), (N,)
+    member = F.one_hot(group, len(labels)).to(M)                   # (N, G)
+    pairs = 1 - torch.eye(N, dtype=M.dtype, device=M.device)       # (N, N)
+    conflicts = pairs * (M < 0)                                    # (N, N)
+    return (member.T @ conflicts @ member) / (member.T @ pairs @ member)
 
 
 def pairs_by_kind(M, labels, names):
@@ -292,10 +893,17 @@ def pairs_by_kind(M, labels, names):
 
 
 def frozen_residuals(K, r, tau):
-    """(N, D) r(tau) = exp(-K tau / N) r(0), for K (N, N, D, D) and r (N, D): gradient flow if the kernel stood still (Eq. 16)."""
+    """(N, D) r(tau) = exp(-K tau / N) r(0), for K (N, N, D, D) and r (N, D) (Eq. 16).
+
+    It is exact if the kernel stands still. K is applied through its eigenvalues. Those that are
+    negative by rounding count as 0, so that no residual grows. Eigenvalues below the precision
+    times the largest one are not known, and neither is what their directions do at tau > N / them.
+    """
     N, D = r.shape
-    values, vectors = torch.linalg.eigh(K.permute(0, 2, 1, 3).reshape(N * D, N * D))
-    return (vectors @ (torch.exp(-values * tau / N) * (vectors.T @ r.flatten()))).view(N, D)
+    matrix = K.transpose(1, 2).reshape(N * D, N * D)               # (ND, ND)
+    values, vectors = torch.linalg.eigh(matrix)                    # (ND,), (ND, ND)
+    decay = torch.exp(-values.clamp(min=0) * tau / N)              # (ND,)
+    return (vectors @ (decay * (vectors.T @ r.flatten()))).view(N, D)
 
 
 def kernel_drift(K, K_start):
@@ -304,122 +912,210 @@ def kernel_drift(K, K_start):
 
 
 def sign_agreement(M, residuals):
-    """The share of pairs i < j in which <r_i, r_j> and M_ij have the same sign: a kernel need not keep it (Eq. 17)."""
-    r = residuals.flatten(1)
+    """The share of pairs i < j in which <r_i, r_j> and M_ij have the same sign (Eq. 17).
+
+    A kernel need not keep the sign of an inner product.
+    """
+    r = residuals.flatten(1)                                       # (N, D)
     i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
-    return ((r @ r.T)[i, j].sign() == M[i, j].sign()).to(M).mean()
+    same = (r @ r.T)[i, j].sign() == M[i, j].sign()
+    return same.to(M).mean()
+
+
+def _require_square(M):
+    """The number of samples N."""
+    if M.dim() != 2 or M.shape[0] != M.shape[1]:
+        raise ValueError(f"M of one batch is needed, (N, N), not {tuple(M.shape)}")
+    return len(M)
 
 
 # --- The demo -------------------------------------------------------------------------------------
 
-def main(file="ntk.png"):
-    try:
-        import matplotlib.pyplot as plt
-        import dit, flow_matching as fm, toy_data as td
-    except ImportError:
-        return print("The demo needs matplotlib, and dit.py, flow_matching.py, toy_data.py beside this file; its functions do not.")
-    generator = torch.Generator().manual_seed(0)
+BLUE, ORANGE, RED = "#0072b2", "#e69f00", "#d55e00"
+LEVELS = (0.2, 0.5, 0.8)
+
+
+def measure_network(generator, steps):
+    """A small DiT after a few steps of training on the base domain, in float64."""
+    import dit
+    import flow_matching as fm
+    import toy_data
+
     torch.manual_seed(0)
-    model = dit.DiT(len(td.WORDS), pixels=8, patch=2, width=32, depth=2)
-
-    def draw(roots, views, dtype=torch.float32):
-        """x0, tokens and e for each root at each view."""
-        n = len(roots.background)
-        scenes, granularity = roots.take(torch.arange(n).repeat_interleave(len(views))), torch.tensor(views).repeat(n)
-        tokens = td.tokenize(td.captions(scenes, [td.GRANULARITIES[g] for g in granularity]))
-        x0 = td.render(scenes, td.view_boxes(scenes, granularity), 8).to(dtype)
-        return x0, tokens, torch.randn(x0.shape, generator=generator, dtype=dtype)
-
+    model = dit.DiT(len(toy_data.WORDS), pixels=8, patch=2, width=32, depth=2)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in range(400):                                           # a moment of training, away from the zero start
-        x0, tokens, e = draw(td.sample_scenes(8, generator), [0, 1, 2])
+    for _ in range(steps):
+        x0, tokens = measure_views(toy_data.sample_scenes(8, generator))
+        e = torch.randn(x0.shape, generator=generator)
+        t = torch.rand(len(x0), generator=generator)
         optimizer.zero_grad()
-        fm.loss(model, x0, e, torch.rand(len(x0), generator=generator), tokens).mean().backward()
+        fm.loss(model, x0, e, t, tokens).mean().backward()
         optimizer.step()
-    model.double()
+    return model.double()
 
-    roots, levels = td.sample_scenes(4, generator, "target"), (0.2, 0.5, 0.8)
-    x0, tokens, e = (z.repeat_interleave(3, 0) for z in draw(roots, [0, 1, 2], torch.float64))     # (36, ...) each, of a new domain
-    t = torch.tensor(levels, dtype=torch.float64).repeat(12)       # (36,)
-    inputs, u = (fm.path(x0, e, t), t, tokens), fm.target(x0, e)
-    residuals = lambda: model(*inputs) - u
-    r = residuals().detach()                                       # (36, 3, 8, 8)
-    M = fast_interaction_matrix(model, inputs, r).detach()         # (36, 36)
+
+def measure_views(roots):
+    """The three views of each root, one after the other: images and tokens."""
+    import toy_data
+
+    count = len(roots.background)
+    scenes = roots.take(torch.arange(count).repeat_interleave(3))
+    granularity = torch.arange(3).repeat(count)
+    return toy_data.views(scenes, granularity, 8)
+
+
+def measure_batch(generator):
+    """(inputs, u) of four roots of a new domain: three views each, at three noise levels each."""
+    import flow_matching as fm
+    import toy_data
+
+    x0, tokens = measure_views(toy_data.sample_scenes(4, generator, "target"))
+    x0 = x0.double()
+    e = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+    # The noise level changes slowest: first all views at the first level.
+    x0, e, tokens = x0.repeat(3, 1, 1, 1), e.repeat(3, 1, 1, 1), tokens.repeat(3, 1)
+    t = torch.tensor(LEVELS, dtype=x0.dtype).repeat_interleave(12)  # (36,)
+    return (fm.path(x0, e, t), t, tokens), fm.target(x0, e)
+
+
+def measure_step(model, inputs, u, M):
+    """Eq. 15: what M says of steps of several sizes, and what they really change."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in weights]
+
+    def loss():
+        return (model(*inputs) - u).square().sum() / (2 * len(u))
+
+    start = loss()
+    gradient = torch.autograd.grad(start, weights, allow_unused=True, materialize_grads=True)
+    etas = torch.logspace(-6, -1.7, 23, dtype=torch.float64)
+    measured = []
+    for eta in etas:
+        with torch.no_grad():
+            for p, p_before, g in zip(weights, before, gradient):
+                p.copy_(p_before - eta * g)
+            measured.append((loss() - start).item())
+    with torch.no_grad():
+        for p, p_before in zip(weights, before):
+            p.copy_(p_before)
+    squared = sum(g.square().sum() for g in gradient).item()
+    predicted = [predicted_change(M, eta).item() for eta in etas]
+    return {"eta": etas.tolist(), "measured": measured, "predicted": predicted,
+            "loss": start.item(), "squared": squared}
+
+
+def measure_frozen(model, inputs, u, steps):
+    """Eq. 16: gradient descent on three views of one root, beside the kernel of its start."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    r0 = (model(*inputs) - u).detach().flatten(1)                  # (3, 192)
+    K = fast_ntk_blocks(model, inputs)                             # (3, 3, 192, 192)
+    values = torch.linalg.eigvalsh(K.transpose(1, 2).reshape(576, 576))
+    eta = 0.2 * len(u) / values[-1]
+    found = {"tau": [], "left": [], "frozen": [], "drift": []}
+    for step in range(steps + 1):
+        r = model(*inputs) - u
+        loss = r.square().sum() / (2 * len(u))
+        # At steps 1, 2, 4, 8, ...
+        if step & (step - 1) == 0 and step > 0:
+            frozen = frozen_residuals(K, r0, step * eta)
+            now = fast_ntk_blocks(model, inputs, check=False)
+            found["tau"].append(step * eta.item())
+            found["left"].append((r.square().sum() / r0.square().sum()).item())
+            found["frozen"].append((frozen.square().sum() / r0.square().sum()).item())
+            found["drift"].append(kernel_drift(now, K).item())
+        gradient = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        with torch.no_grad():
+            for p, g in zip(weights, gradient):
+                p -= eta * g
+    return found
+
+
+def paint_matrix(axis, M):
+    """Eq. 12: the cosines of M."""
+    shown = axis.imshow(cosines(M).numpy(), vmin=-1, vmax=1, cmap="PuOr")
+    for edge in (11.5, 23.5):
+        axis.axhline(edge, color="black", linewidth=1)
+        axis.axvline(edge, color="black", linewidth=1)
+    names = [f"t = {level}" for level in LEVELS]
+    axis.set_xticks((5.5, 17.5, 29.5), names)
+    axis.set_yticks((5.5, 17.5, 29.5), names, rotation=90, va="center")
+    axis.set(title="M: samples of like noise pull together")
+    axis.figure.colorbar(shown, ax=axis, label="cosine (below 0: conflict)")
+
+
+def paint_conflict(axis, M):
+    """The share of pairs in conflict, by granularity."""
+    granularity = torch.arange(36) % 3
+    shares = conflict_share(M, granularity).numpy()
+    axis.imshow(shares, vmin=0, vmax=1, cmap="Oranges")
+    for i, j in itertools.product(range(3), range(3)):
+        axis.text(j, i, f"{shares[i, j]:.0%}", ha="center", va="center")
+    names = ("macro", "meso", "micro")
+    axis.set_xticks(range(3), names)
+    axis.set_yticks(range(3), names, rotation=90, va="center")
+    axis.set(title="Share of pairs in conflict (M_ij < 0)")
+
+
+def paint_step(axis, step):
+    """Eq. 15: two lines that part."""
+    axis.semilogx(step["eta"], step["predicted"], color=ORANGE, linewidth=3, label="predicted by M")
+    axis.semilogx(step["eta"], step["measured"], color=BLUE, linewidth=3, label="measured")
+    axis.axhline(0, color="grey", linewidth=1)
+    axis.set(title="M predicts small steps; large ones fail")
+    axis.set(xlabel="step size eta", ylabel="change of the loss")
+    axis.set(ylim=(-1.2 * step["loss"], 1.2 * step["loss"]))
+    axis.legend(loc="upper left")
+
+
+def paint_frozen(axis, frozen):
+    """Eq. 16: what is left of the loss."""
+    axis.loglog(frozen["tau"], frozen["left"], color=BLUE, linewidth=3, label="gradient descent")
+    axis.loglog(frozen["tau"], frozen["frozen"], color=ORANGE, linewidth=3, label="frozen kernel")
+    axis.set(title="A frozen kernel predicts the start only")
+    axis.set(xlabel="training time tau", ylabel="share of the loss that is left")
+    axis.legend(loc="upper right")
+
+
+def main(file="ntk.png", training=400, steps=512):
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        import toy_data  # noqa: F401
+    except ImportError:
+        print("The demo needs matplotlib, and dit.py, flow_matching.py, toy_data.py beside this"
+              " file. Its functions do not.")
+        return
+    generator = torch.Generator().manual_seed(0)
+    model = measure_network(generator, training)
+    inputs, u = measure_batch(generator)
+    r = (model(*inputs) - u).detach()
+    M = fast_interaction_matrix(model, inputs, r)                  # (36, 36)
+    step = measure_step(model, inputs, u, M)
     own, cross = loss_velocity(M)
-    L = lambda: residuals().square().sum() / 72
-    grads = torch.autograd.grad(L(), list(model.parameters()), allow_unused=True)
-    norm = sum(g.square().sum() for g in grads if g is not None)
-    print(f"Eq. 12, 13: dL/dtau = {own:.1f} (each sample alone) + {cross:.1f} (cross terms); -|grad L|^2 = {-norm:.1f},",
-          f"relative gap {abs(own + cross + norm) / norm:.0e}")
+    print(f"Eq. 12, 13: dL/dtau = {own:.1f} (each sample alone) {cross:+.1f} (cross terms);"
+          f" -|grad L|^2 = {-step['squared']:.1f}")
     mine, others = sample_velocities(M)
-    print(f"Eq. 14: {(others > -mine).sum()} of 36 samples are made worse by their batch")
-    print(f"conflicting pairs: {conflict_share(M).item():.1%}; by noise level {levels}:")
-    print(conflict_share(M, t).numpy().round(2))
-    print(f"Eq. 17: the residuals' product has the sign of the gradients' in {sign_agreement(M, r):.1%} of pairs")
-
-    etas = torch.logspace(-1, -6, 11, dtype=torch.float64)
-    start, before, weights = [p.detach().clone() for p in model.parameters()], L().item(), list(model.parameters())
-
-    @torch.no_grad()
-    def change(eta):
-        for p, p0, g in zip(weights, start, grads):
-            p.copy_(p0 if g is None else p0 - eta * g)
-        return L().item() - before
-    gap = torch.tensor([abs(change(eta) - predicted_change(M, eta)) for eta in etas])
-    change(0.0)
-    print("Eq. 15: the slope of the error in eta, from eta = 1e-1 down to 1e-6:", (2 * (gap[:-1] / gap[1:]).log10()).numpy().round(2))
-
-    few = tuple(z[:9:3] for z in inputs)                           # three views of one root at t = 0.2
-    r0 = (model(*few) - u[:9:3]).detach().flatten(1)               # (3, 192)
-    K = fast_ntk_blocks(model, few).detach()                       # (3, 3, 192, 192)
-    values = torch.linalg.eigvalsh(K.permute(0, 2, 1, 3).reshape(576, 576)).flip(0)
-    eta, taus, truth, frozen, drifts = 0.1 * 3 / values[0], [], [], [], []
-    for step in range(301):                                        # gradient descent in small steps, beside the frozen kernel
-        loss = (model(*few) - u[:9:3]).square().sum() / 6
-        if step % 60 == 0:
-            taus.append(step * eta.item())
-            truth.append(loss.item() * 6 / r0.square().sum().item())
-            frozen.append(frozen_residuals(K, r0, step * eta).square().sum().item() / r0.square().sum().item())
-            drifts.append(kernel_drift(fast_ntk_blocks(model, few).detach(), K).item())
-        for p, g in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True)):
-            p.data -= 0 if g is None else eta * g
-    print(f"Eq. 16: after tau = {taus[-1]:.1e} {truth[-1]:.1%} of the loss is left, a frozen kernel says {frozen[-1]:.1%}; the kernel has moved by {drifts[-1]:.0%}")
-
-    figure, ((a, b, c), (d, f, h)) = plt.subplots(2, 3, figsize=(19, 11), layout="constrained")
-    for axis, matrix, title in ((a, r.flatten(1) @ r.flatten(1).T, "the residuals: cosines of <r_i, r_j>"),
-                                (b, M, "twisted by the kernel: cosines of M_ij (Eq. 12)")):
-        shown = axis.imshow(cosines(matrix).numpy(), vmin=-1, vmax=1, cmap="PuOr")
-        axis.set(xticks=range(4, 36, 9), yticks=range(4, 36, 9), title=title)
-        axis.set_xticklabels([f"root {k + 1}" for k in range(4)])
-        axis.set_yticklabels([f"root {k + 1}" for k in range(4)])
-        for edge in (8.5, 17.5, 26.5):
-            axis.axhline(edge, color="black", linewidth=0.8)
-            axis.axvline(edge, color="black", linewidth=0.8)
-        axis.set_xlabel("in each root: macro, meso, micro; in each of these: t = 0.2, 0.5, 0.8")
-    figure.colorbar(shown, ax=b, label="cosine (negative: in conflict)")
-    shares = conflict_share(M, torch.arange(36) % 9).numpy()
-    shown = c.imshow(shares, vmin=0, cmap="cividis")
-    names = [f"{name}, t = {level}" for name in td.GRANULARITIES for level in levels]
-    c.set(xticks=range(9), yticks=range(9), title="share of conflicting pairs, by granularity and t")
-    c.set_xticklabels(names, rotation=60)
-    c.set_yticklabels(names)
-    figure.colorbar(shown, ax=c, label="share of pairs with M_ij < 0")
-    d.loglog(etas, gap, "o-", color="#0072b2", label="|measured - predicted| change of L")
-    d.loglog(etas, gap / (etas * norm).detach(), "s-", color="#e69f00", label="the same, relative to the prediction")
-    d.loglog(etas, gap[4] * (etas / etas[4]) ** 2, ":", color="grey", label="slope 2")
-    d.set(xlabel="step size eta", ylabel="error of Eq. 15", title="Eq. 15: M predicts a small step")
-    f.semilogy(range(1, 577), values.clamp(min=values[0] * 1e-16).numpy(), color="#0072b2")
-    f.set(xlabel="rank", ylabel="eigenvalue", title="spectrum of K (3 samples of 192 outputs)")
-    h.plot(taus, truth, "o-", color="#0072b2", label="gradient descent")
-    h.plot(taus, frozen, "s--", color="#e69f00", label="frozen kernel (Eq. 16)")
-    h.plot(taus, drifts, ":", color="grey", label="drift |K - K(0)| / |K(0)|")
-    h.set(xlabel="training time tau", ylabel="loss, relative to its start; drift", title="Eq. 16: a frozen kernel nearly predicts the loss,\nalthough K drifts", ylim=(0, None))
-    h.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-    for axis in (d, h):
-        axis.legend()
-    figure.savefig(file, dpi=80)
+    print(f"Eq. 14: the batch makes {(mine + others > 0).sum()} of {len(M)} samples worse")
+    for k in (0, 11, 18):
+        print(f"Eq. 15: a step of eta = {step['eta'][k]:.0e} changes L by"
+              f" {step['measured'][k]:+.2e}; M says {step['predicted'][k]:+.2e}")
+    few = tuple(z[:3] for z in inputs)
+    frozen = measure_frozen(model, few, u[:3], steps)
+    for k in (len(frozen["tau"]) // 2, -1):
+        print(f"Eq. 16: after tau = {frozen['tau'][k]:.1e} {frozen['left'][k]:.1%} of the loss is"
+              f" left, a frozen kernel says {frozen['frozen'][k]:.1%}; K has moved by"
+              f" {frozen['drift'][k]:.0%}")
+    print(f"Eq. 17: <r_i, r_j> and M_ij have the same sign in {sign_agreement(M, r):.1%} of pairs")
+    with matplotlib.rc_context({"font.size": 14, "axes.titlesize": 15}):
+        figure = Figure(figsize=(12, 10), layout="constrained")
+        axes = figure.subplots(2, 2)
+        paint_matrix(axes[0, 0], M)
+        paint_conflict(axes[0, 1], M)
+        paint_step(axes[1, 0], step)
+        paint_frozen(axes[1, 1], frozen)
+        figure.savefig(file, dpi=80)
     print("drawn:", file)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:2])

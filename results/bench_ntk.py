@@ -1,13 +1,17 @@
 """The exact kernel and M beside other ways to the same numbers: times and memory, in turns.
 
     python results/bench_ntk.py          # three rounds; memory on a CPU needs Linux or macOS
+
+Method 1 and method 2 are those of torch.func's tutorial on neural tangent kernels.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,49 +20,77 @@ from torch.func import jacrev, jvp, vjp, vmap
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dit  # noqa: E402
 import ntk  # noqa: E402
-import toy_data as td  # noqa: E402
+import toy_data  # noqa: E402
 import unet  # noqa: E402
 
-# --- Benchmark: other ways to the same numbers -------------------------------------------------------------------
-
-def jacobian_contraction(f, params, inputs):
-    """(N, N, D, D) K as method 1 of torch.func's tutorial on the NTK has it: both Jacobians whole, then contracted."""
-    J = lambda: vmap(lambda *one: jacrev(f)(params, *one))(*inputs)        # (N, D, *parameter) each, in a dict
-    return sum(torch.einsum("idp,jep->ijde", a.flatten(2), b.flatten(2)) for a, b in zip(J().values(), J().values()))
+WORDS = len(toy_data.WORDS)
 
 
-def pairwise_vector_products(f, params, inputs):
-    """(N, N, D, D) K as its method 2 has it: for each of the N^2 pairs, D vectors back through one sample and forward through the other."""
+# --- The other ways -------------------------------------------------------------------------------
+
+def method_1(f, params, inputs):
+    """(N, N, D, D) K: all Jacobians whole, then contracted."""
+    def jacobian(*one):
+        return jacrev(f)(params, *one)
+
+    J = vmap(jacobian)(*inputs)
+    K = 0
+    for of_one in J.values():
+        rows = of_one.flatten(2)
+        K = K + torch.einsum("idp,jep->ijde", rows, rows)
+    return K
+
+
+def method_2(f, params, inputs):
+    """(N, N, D, D) K: for each pair of samples, D vectors back through one, forward through one."""
     def block(x_i, x_j):
-        v, pull_back = vjp(lambda weights: f(weights, *x_j), params)
-        push = lambda vector: jvp(lambda weights: f(weights, *x_i), (params,), pull_back(vector))[1]
-        return vmap(push)(torch.eye(len(v), dtype=v.dtype, device=v.device)).T
-    return vmap(lambda *x_i: vmap(lambda *x_j: block(x_i, x_j))(*inputs))(*inputs)
+        def output_i(params):
+            return f(params, *x_i)
+
+        def output_j(params):
+            return f(params, *x_j)
+
+        v, pull_back = vjp(output_j, params)
+
+        def push(vector):
+            return jvp(output_i, (params,), pull_back(vector))[1]
+
+        unit = torch.eye(len(v), dtype=v.dtype, device=v.device)
+        return vmap(push)(unit).T
+
+    def row(x_i):
+        def block_of(x_j):
+            return block(x_i, x_j)
+
+        return vmap(block_of)(inputs)
+
+    return vmap(row)(inputs)
+
+
+# --- The contest ----------------------------------------------------------------------------------
+
+class Row(NamedTuple):
+    """One line of the table: ours against another way, medians of the rounds."""
+
+    what: str
+    other: str
+    ratio: float               # how many times faster we are
+    seconds: float
+    their_seconds: float
+    bytes: float               # the peak, above what there was before
+    their_bytes: float
 
 
 def cost(work, device):
-    """(seconds, bytes): the least time of work() in half a second or once, and its peak memory above what this process has ever had."""
-    def repeat():
-        times = []
-        while sum(times) < 0.5:
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
+    """(seconds, bytes) of work(): the median of its calls in a second, and its peak memory."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        return repeat(), torch.cuda.max_memory_allocated() - before
-    import multiprocessing, resource                               # on a CPU the peak is that of a process: one for each work
-    def child(pipe):
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        before = peak()
-        pipe.send((repeat(), peak() - before))
+        return seconds_of(work, device), torch.cuda.max_memory_allocated() - before
+    # On a CPU the peak is that of a process, so each work has a process of its own.
     mine, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=in_a_process, args=(work, device, theirs))
     process.start()
     theirs.close()
     try:
@@ -69,45 +101,123 @@ def cost(work, device):
         process.join()
 
 
-def contest(model, draw, rounds, device, sizes=(4, 2, 8, 256)):
-    """Rows (what, other way, median ratio of the times, seconds, seconds, bytes, bytes), the fast route first; in turns."""
+def seconds_of(work, device):
+    """The first call warms up; it counts only if there is no time for a second one."""
+    times = []
+    while len(times) < 2 and sum(times) < 3 or sum(times) < 1:
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:] or times)
+
+
+def in_a_process(work, device, pipe):
+    before = peak_memory()
+    seconds = seconds_of(work, device)
+    pipe.send((seconds, peak_memory() - before))
+
+
+def peak_memory():
+    """In bytes, of this process so far."""
+    try:
+        import resource
+    except ImportError:
+        raise SystemExit("on a CPU the memory can be measured on Linux and macOS only")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def contest(model, make, rounds, device, sizes=(4, 2, 8, 256)):
+    """[Row] for a model and make(N), its inputs. Ours and theirs run in turns."""
     module, params = ntk.of_module(model)
 
-    def f(weights, *one):
-        return module(weights, *one).flatten()
+    def f(params, *one):
+        return module(params, *one).flatten()
 
     rows = []
-    for N, (what, name) in zip(sizes, (("K", "method 1"), ("K", "method 2"), ("M", "vmap(grad)"), ("M", "vmap(grad)"))):
-        x = draw(N)
-        r = torch.randn(N, f(params, *(z[0] for z in x)).numel(), device=device)
-        fast = (lambda: ntk.fast_ntk_blocks(model, x)) if what == "K" else (lambda: ntk.fast_interaction_matrix(model, x, r))
-        other = {"method 1": lambda: jacobian_contraction(f, params, x), "method 2": lambda: pairwise_vector_products(f, params, x),
-                 "vmap(grad)": lambda: ntk.interaction_matrix(f, params, x, r)}[name]
-        runs = [(cost(fast, device), cost(other, device)) for _ in range(rounds)]
-        ratio = statistics.median(slow[0] / quick[0] for quick, slow in runs)
-        rows.append((f"{what}, N = {N}", name, ratio, *(statistics.median(run[k][m] for run in runs) for m in (0, 1) for k in (0, 1))))
+    for N, other in zip(sizes[:2], (method_1, method_2)):
+        x = make(N)
+
+        def kernel():
+            ntk.fast_ntk_blocks(model, x)
+
+        def their_kernel():
+            other(f, params, x)
+
+        rows.append(in_turns(f"K, N = {N}", other.__name__, kernel, their_kernel, rounds, device))
+    for N in sizes[2:]:
+        x = make(N)
+        r = torch.randn_like(model(*x)).detach()
+
+        def matrix():
+            ntk.fast_interaction_matrix(model, x, r)
+
+        def unproved():
+            ntk.fast_interaction_matrix(model, x, r, check=False)
+
+        def by_gradients():
+            ntk.interaction_matrix(f, params, x, r)
+
+        for what, ours in ((f"M, N = {N}", matrix), (f"M, N = {N}, unproved", unproved)):
+            rows.append(in_turns(what, "vmap(grad)", ours, by_gradients, rounds, device))
     return rows
 
 
-def bench(rounds=3):
-    device, words = "cuda" if torch.cuda.is_available() else "cpu", len(td.WORDS)
+def in_turns(what, other, ours, theirs, rounds, device):
+    """The Row of two competitors."""
+    runs = [(*cost(ours, device), *cost(theirs, device)) for _ in range(rounds)]
+    ratio = statistics.median(slow / quick for quick, _, slow, _ in runs)
+    seconds, peak, their_seconds, their_peak = map(statistics.median, zip(*runs))
+    return Row(what, other, ratio, seconds, their_seconds, peak, their_peak)
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+def contestants(device):
+    """{name: (model, make)} with D = 768 outputs; make(N) gives N inputs."""
+    def image(N):
+        return (torch.randn(N, 3, 16, 16, device=device),)
+
+    def image_and_caption(N):
+        t = torch.rand(N, device=device)
+        tokens = torch.randint(1, WORDS, (N, 12), device=device)
+        return (*image(N), t, tokens)
+
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(768, 128), nn.GELU(), nn.Linear(128, 768))
+    return {"MLP": (mlp, image),
+            "DiT": (dit.DiT(WORDS, 16, 4, 64, 2), image_and_caption),
+            "U-Net": (unet.UNet(WORDS, 16, (16, 24, 32), 32), image_and_caption)}
+
+
+def bench(rounds, names):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    image = lambda N: torch.randn(N, 3, 16, 16, device=device)
-    text = lambda N: (image(N), torch.rand(N, device=device), torch.randint(1, words, (N, 12), device=device))
-    contestants = {"MLP": (nn.Sequential(nn.Flatten(), nn.Linear(768, 128), nn.GELU(), nn.Linear(128, 768)), lambda N: (image(N),)),
-                   "DiT": (dit.DiT(words, 16, 4, 64, 2), text), "U-Net": (unet.UNet(words, 16, (16, 24, 32), 32), text)}
-    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'one CPU thread'}, torch {torch.__version__}, float32, D = 768, {rounds} rounds in turns")
-    print("| model (parameters) | what | against | times faster (median) | seconds | theirs | MB | theirs | share of their memory |\n|" + "---|" * 9)
-    for name, (model, draw) in contestants.items():
+    place = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
+    print(f"{place}, torch {torch.__version__}, float32, D = 768, {rounds} rounds in turns\n")
+    print("| model (parameters) | what | against | times faster (median) | seconds | theirs "
+          "| MB | theirs |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (model, make) in contestants(device).items():
+        if name not in names:
+            continue
         for p in model.to(device).parameters():
-            p.data.add_(0.02 * torch.randn_like(p))                # away from the zero start
-        for what, other, ratio, fast, slow, small, large in contest(model, draw, rounds, device):
-            print(f"| {name} ({sum(p.numel() for p in model.parameters()):,}) | {what} | {other} | {ratio:.1f} | {fast:.3g} | {slow:.3g} |"
-                  f" {small / 2**20:.0f} | {large / 2**20:.0f} | {small / max(large, 1):.2f} |", flush=True)
+            # Away from the zero start.
+            p.data.add_(0.02 * torch.randn_like(p))
+        size = sum(p.numel() for p in model.parameters())
+        for row in contest(model, make, rounds, device):
+            print(f"| {name} ({size:,}) | {row.what} | {row.other} | {row.ratio:.1f} "
+                  f"| {row.seconds:.3g} | {row.their_seconds:.3g} | {row.bytes / 2**20:.0f} "
+                  f"| {row.their_bytes / 2**20:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rounds", nargs="?", type=int, default=3, help="rounds (default 3)")
-    bench(parser.parse_args().rounds)
+    parser.add_argument("--models", nargs="+", default=["MLP", "DiT", "U-Net"],
+                        choices=["MLP", "DiT", "U-Net"], help="which networks (default all)")
+    flags = parser.parse_args()
+    bench(flags.rounds, flags.models)

@@ -98,8 +98,6 @@ def says_how(call):
     return isinstance(mode, ast.Constant) and "b" in str(mode.value)
 
 
-# Still to be rewritten, with the kernel's own issue: wide lines and named lambdas, nothing else.
-WAITING = ("ntk.py", "tests/test_ntk.py", "results/bench_ntk.py")
 STYLE = (too_wide, lambdas_with_a_name, evals, without_encoding)
 BREAKS_STYLE = (
     (too_wide, "x = 1\ny = '" + "-" * 95 + "'\n"),
@@ -127,9 +125,7 @@ Path("a").read_text(encoding="utf-8"), Path("a").open("rb"), Path("a").read_byte
 
 @pytest.mark.parametrize("rule", STYLE)
 def test_every_file_keeps_the_style(rule):
-    waits = rule in (too_wide, lambdas_with_a_name)
-    files = [file for file in FILES if not (waits and file in WAITING)]
-    found = {file: rule(source_of(file)) for file in files}
+    found = {file: rule(source_of(file)) for file in FILES}
     broken = {file: lines for file, lines in found.items() if lines}
     assert not broken, rule.__doc__
 

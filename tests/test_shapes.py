@@ -386,6 +386,8 @@ def run_ntk(watch, ntk):
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
     f, params = ntk.of_module(model)           # 44 parameters
     x, r = (rand(6, 3),), rand(6, 4)
+    with watch.given(ntk.one_linear_layer, N=6, I=3, O=4, OI=12):
+        ntk.one_linear_layer(*x, r)
     with watch.given(ntk.ntk_vector_product, ntk.ntk_blocks, ntk.ntk_trace, N=6, D=4):
         ntk.ntk_vector_product(f, params, x, r)
         ntk.ntk_blocks(f, params, x)
@@ -394,28 +396,45 @@ def run_ntk(watch, ntk):
         ntk.interaction_matrix(f, params, x, r)
     with watch.given(ntk.interaction_matrix, chunk=2, P=44):
         ntk.interaction_matrix(f, params, x, r, chunk=2)
-    with watch.given(ntk.fast_ntk_blocks, N=6, D=4):
+    few = (tuple(z[:2] for z in x), r[:2])
+    with watch.given(ntk._shares, N=6, N2=2):
+        ntk.fast_interaction_matrix(model, x, r, few, check=False)
+    with watch.given(ntk._weighted_gradient, ntk._require_same, N=6):
+        ntk.fast_interaction_matrix(model, x, r)
         ntk.fast_ntk_blocks(model, x)
-    run_shares(watch, ntk)
+        K = ntk.ntk_blocks(f, params, x)
+        ntk._require_same(K.transpose(1, 2), r, ntk.interaction_matrix(f, params, x, r))
+    run_factors(watch, ntk)
     with watch.given(ntk.conflict_share, N=7, G=3):
         ntk.conflict_share(rand(7, 7), torch.arange(7) % 3)
-    ntk.main()
+    with watch.given(ntk.cosines, N=6):
+        ntk.cosines(rand(6, 6))
+    with watch.given(ntk.sign_agreement, N=6, D=4):
+        ntk.sign_agreement(rand(6, 6), r)
+    ntk.main(training=2, steps=2)
 
 
-def run_shares(watch, ntk):
-    """One layer's share of M, for each kind of layer: N samples, C cotangents each."""
+def run_factors(watch, ntk):
+    """The gradients of each kind of layer: N samples, C cotangents each."""
+    def run(module, given, outputs, **sizes):
+        trained = dict(module.named_parameters())
+        seen = ntk.Seen(module, trained, given, torch.Size((5, *outputs)), None)
+        cotangents = rand(5, 3, *outputs)
+        with watch.given(ntk._factors, C=3, N=5, NC=15, **sizes):
+            ntk._factors(seen, cotangents, False)
+            if not isinstance(module, ntk.NORMS):
+                ntk._factors(seen, cotangents, True)
+
     words = torch.ones(5, 6, dtype=torch.long)
-    with watch.given(ntk._share, C=3, N=5, T=4, I=24, O=8):
-        ntk._share(nn.Conv2d(6, 8, 2), rand(5, 6, 5, 2), rand(3, 5, 8, 4, 1))
-    with watch.given(ntk._share, C=3, N=5, T=6, I=9, O=4):
-        ntk._share(nn.Embedding(9, 4), words, rand(3, 5, 6, 4))
-    with watch.given(ntk._share, C=3, N=5, T=10, I=6, O=6):
-        ntk._share(nn.GroupNorm(3, 6), rand(5, 6, 5, 2), rand(3, 5, 6, 5, 2))
-    with watch.given(ntk._share, C=3, N=5, T=7, I=4, O=4):
-        ntk._share(nn.LayerNorm(4), rand(5, 7, 4), rand(3, 5, 7, 4))
-    with watch.given(ntk._gram, C=2, N=5, P=12):
-        ntk._gram(rand(2, 5, 3, 4))
-    ntk._linear_share(rand(5, 3, 6), rand(2, 5, 3, 8))
+    run(nn.Conv2d(6, 8, 2), rand(5, 6, 5, 2), (8, 4, 1), T=4, I=24, O=8)
+    run(nn.Embedding(9, 4), words, (6, 4), T=6, I=9, O=4)
+    run(nn.GroupNorm(3, 6), rand(5, 6, 5, 2), (6, 5, 2), T=10, I=6, O=6)
+    run(nn.LayerNorm(4), rand(5, 7, 4), (7, 4), T=7, I=4, O=4)
+    with watch.given(ntk._add_share, P=7):
+        ntk._add_share(torch.zeros(5, 3, 5, 3), None, rand(5, 3, 7))
+    with watch.given(ntk._inner_products, N=5, N2=2):
+        a, b = rand(5, 7, 4), rand(5, 1, 7, 3)
+        ntk._inner_products((a, b), (a[:2], b[:2]))
 
 
 def run_sga(watch, sga):

@@ -116,13 +116,10 @@ class PretendedGpu(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.__name__
+        if name == "__get__":
+            return self.attribute(func, args)
         inputs = tensors_in([args, kwargs])
         held = [self.holds(x) for x in inputs]
-        if name == "__get__" and held[0]:
-            attribute = func.__self__.__name__
-            if attribute in ("device", "is_cuda"):
-                return GPU if attribute == "device" else True
-
         args, kwargs, asked = self.asked_device(name, inputs, held, args, kwargs)
         if asked:
             gpu = asked.type == "cuda"
@@ -141,6 +138,16 @@ class PretendedGpu(TorchFunctionMode):
             for x in tensors_in([out]):
                 self.take(x)
         return out
+
+    def attribute(self, func, args):
+        """An attribute of a tensor, such as its shape. The host has it without waiting."""
+        x, attribute = args[0], func.__self__.__name__
+        if attribute in ("device", "is_cuda") and self.holds(x):
+            return GPU if attribute == "device" else True
+        value = func(*args)
+        if isinstance(value, torch.Tensor) and self.holds(x):
+            self.take(value)
+        return value
 
     def asked_device(self, name, inputs, held, args, kwargs):
         """The arguments with the CPU in place of any device, and the device that was asked for."""

@@ -922,6 +922,21 @@ def sign_agreement(M, residuals):
     return same.to(M).mean()
 
 
+def step_noise(M, a):
+    """(E|ghat|^2, |E ghat|^2) of a step that draws its samples: ghat = sum_i a_i g_i (Eq. 23).
+
+    a (S, N) has a row for each of S possible steps, all equally likely: the weight of each sample,
+    0 if it is not in the step. Both numbers are linear in M, so that a way to draw steps can be
+    judged before it is tried. Their difference is the noise of a step.
+    """
+    N = _require_square(M)
+    if a.dim() != 2 or a.shape[1] != N:
+        raise ValueError(f"a must be (steps, {N}), not {tuple(a.shape)}")
+    squared = torch.einsum("si,ij,sj->s", a, M, a)                 # (S,)
+    mean = a.mean(0)                                               # (N,)
+    return squared.mean(), mean @ M @ mean
+
+
 def _require_square(M):
     """The number of samples N."""
     if M.dim() != 2 or M.shape[0] != M.shape[1]:

@@ -4,6 +4,7 @@ Beside that: closed forms, slopes, and twins that are broken on purpose. All in 
 a test says so.
 """
 
+import itertools
 import math
 import subprocess
 import sys
@@ -703,6 +704,8 @@ def test_wrong_shapes_are_named():
         ntk.fast_interaction_matrix(case.f, case.inputs, case.r)
     with pytest.raises(ValueError, match="all are frozen"):
         ntk.of_module(linear().requires_grad_(False))
+    with pytest.raises(ValueError, match=r"a must be .steps, 2., not .3,."):
+        ntk.step_noise(torch.ones(2, 2), torch.ones(3))
     with pytest.raises(ValueError, match="M of one batch is needed"):
         ntk.loss_velocity(torch.ones(2, 3))
 
@@ -851,6 +854,65 @@ def test_conflicts_cosines_and_signs_of_known_gradients():
     assert ntk.sign_agreement(M, G) == 1
     other = torch.tensor([[1.0], [1], [1], [0]]).double()
     assert ntk.sign_agreement(M, other) == pytest.approx(4 / 6)
+
+
+EVERY_STEP = {
+    "any three": list(itertools.combinations(range(8), 3)),
+    "one root": [(0, 1, 2), (3, 4, 5), (6, 7)],
+    "one of each half": list(itertools.product(range(4), range(4, 8))),
+}
+
+
+def weights_of(steps, scaling):
+    """(steps, 8) weights: "view" gives every view the same, "root" the mean of a step's views."""
+    a = torch.zeros(len(steps), 8, dtype=torch.float64)
+    for row, views in zip(a, steps):
+        row[list(views)] = 1 / len(views) if scaling == "root" else 1.0
+    if scaling == "view":
+        a *= len(steps) / (8 * (a > 0).sum(0).double())
+    return a
+
+
+@pytest.mark.parametrize("scheme", EVERY_STEP)
+@pytest.mark.parametrize("scaling", ["root", "view"])
+def test_the_noise_of_a_step_is_that_of_every_possible_step(scheme, scaling):
+    """Eq. 23, by enumeration: the gradient of each step by a backward pass of its own."""
+    torch.manual_seed(0)
+    model = foreign().double()
+    x, r = torch.randn(8, 3).double(), torch.randn(8, 2).double()
+    M = ntk.fast_interaction_matrix(model, (x,), r)
+    a = weights_of(EVERY_STEP[scheme], scaling)
+    gradients = []
+    for weights in a:
+        g = torch.autograd.grad(model(x), model.parameters(), weights[:, None] * r)
+        gradients.append(torch.cat([one.flatten() for one in g]))
+    ghat = torch.stack(gradients)
+    square, of_mean = ntk.step_noise(M, a)
+    assert close(square, ghat.square().sum(1).mean())
+    assert close(of_mean, ghat.mean(0).square().sum())
+    assert close(square - of_mean, (ghat - ghat.mean(0)).square().sum(1).mean())
+    # Twin: steps that are not equally likely.
+    assert not close(ntk.step_noise(M, torch.cat([a, a[:1]]))[0], square, 1e-3)
+    # Equal shares: the expected gradient is the plain mean. The weights 1/K_g change it where K_g
+    # varies, and nothing else here does.
+    unchanged = scaling == "view" or scheme != "one root"
+    assert close(of_mean, M.mean(), 1e-9) == unchanged
+
+
+def test_agreeing_tuples_make_a_step_noisier_and_conflicting_ones_quieter():
+    """Eq. 23, where the answer can be seen: two roots of two views."""
+    together = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]]) / 2
+    any_two = torch.zeros(6, 4)
+    for row, views in zip(any_two, itertools.combinations(range(4), 2)):
+        row[list(views)] = 1 / 2
+    for sign in (1, -1):
+        # The views of a root agree, or conflict; between roots there is nothing.
+        of_root = torch.tensor([[1.0, 0.5 * sign], [0.5 * sign, 1.0]])
+        M = torch.block_diag(of_root, of_root)
+        tuples, tuples_mean = ntk.step_noise(M, together)
+        random, random_mean = ntk.step_noise(M, any_two)
+        assert tuples_mean == pytest.approx(random_mean)
+        assert (tuples > random) == (sign > 0)
 
 
 # --- The benchmark and the demo -------------------------------------------------------------------

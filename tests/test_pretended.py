@@ -390,6 +390,7 @@ def calls_of_ntk(b):
         "frozen_residuals": ntk.frozen_residuals(K, outputs, 0.5),
         "kernel_drift": ntk.kernel_drift(K, K + 1),
         "sign_agreement": ntk.sign_agreement(M, r),
+        "step_noise": ntk.step_noise(M, M),
     }
 
 

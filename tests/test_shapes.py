@@ -409,6 +409,8 @@ def run_ntk(watch, ntk):
         ntk.conflict_share(rand(7, 7), torch.arange(7) % 3)
     with watch.given(ntk.cosines, N=6):
         ntk.cosines(rand(6, 6))
+    with watch.given(ntk.step_noise, S=3, N=6):
+        ntk.step_noise(rand(6, 6), rand(3, 6))
     with watch.given(ntk.sign_agreement, N=6, D=4):
         ntk.sign_agreement(rand(6, 6), r)
     ntk.main(training=2, steps=2)

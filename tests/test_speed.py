@@ -4,9 +4,7 @@ several processes, a compiled network. That no step waits for a GPU is in test_p
 
 import contextlib
 import os
-import subprocess
-import sys
-from pathlib import Path
+import socket
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ import toy_data
 import train
 from support import book, machine, report
 
-ROOT = Path(__file__).parent.parent
 PIXELS = 8
 
 
@@ -144,20 +141,49 @@ FLAGS = ["--preset", "tiny", "--device", "cpu", "--pixels", PIXELS, "--pretrain_
          "--eval_images", 2, "--sample_steps", 1, "--chunk", 2, "--smallest_object", 0.24]
 
 
-def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch):
-    """torchrun on the CPU: the same seed and batches, with tuples of two and of three views."""
+def nothing(*_):
+    pass
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def one_of_two(rank, port, flags, printed):
+    """The work of a process of its own, which is told what torchrun tells each of two."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    report.draw_all = nothing
+    with open(printed, "w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
+        train.main(flags)
+
+
+def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch, processes):
+    """The same seed and batches, with tuples of two and of three views.
+
+    That torchrun itself can start the program is seen in test_train.py.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
-    flags = [str(flag) for flag in FLAGS]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, ROOT / "train.py", *flags, "--out", two]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, encoding="utf-8",
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags, port = [str(flag) for flag in FLAGS], free_port()
+    both = []
+    for rank in (0, 1):
+        work = (rank, port, [*flags, "--out", str(two)], tmp_path / f"printed-{rank}")
+        both.append(processes.Process(target=one_of_two, args=work))
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
     assert (two / "report.json").exists()
     # Of the two processes the first alone speaks.
-    assert done.stdout.count("fine-tuning: arm") == 1 and done.stdout.count("step 2/8") == 1
+    said, more = ((tmp_path / f"printed-{rank}").read_text(encoding="utf-8") for rank in (0, 1))
+    assert said.count("fine-tuning: arm") == said.count("step 2/8") == 1
+    assert more == ""
 
-    monkeypatch.setattr(report, "report", lambda *_: None)
+    monkeypatch.setattr(report, "report", nothing)
     train.main([*flags, "--out", str(one)])
     ours, theirs = book.read_log(one), book.read_log(two)
     for log in (ours, theirs):

@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import importlib
 import json
-import multiprocessing
 import os
 import runpy
 import shutil
@@ -207,17 +206,6 @@ def killed(arguments, moment):
     torch.set_num_threads(1)
     with moment[0](*moment[1:]):
         train.main(arguments)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes, each a copy of one in which the libraries are loaded already."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        pytest.skip("needs the processes and signals of Linux or macOS")
-    context = multiprocessing.get_context("forkserver")
-    libraries = ["torch", "torchvision.ops", "torchvision.transforms.v2.functional"]
-    context.set_forkserver_preload([*libraries, "matplotlib.figure", "pytest"])
-    return context
 
 
 def test_killed_at_any_moment_and_resumed_it_ends_bit_identical(tmp_path, processes, finished,
@@ -790,9 +778,9 @@ def test_a_foreign_package_of_the_name_results_or_support_costs_no_work(tmp_path
         assert "support" in str(error)
 
 
-def program(*arguments, **environment):
+def program(*arguments, launcher=(), **environment):
     """train.py in a process of its own: its exit status, and what it printed."""
-    command = [sys.executable, ROOT / "train.py", *arguments]
+    command = [sys.executable, *launcher, ROOT / "train.py", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(command, env=environment, encoding="utf-8", errors="replace",
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -800,13 +788,17 @@ def program(*arguments, **environment):
 
 
 def test_a_hostile_environment_costs_nothing(tmp_path):
-    """A notebook's backend that is not installed, an ASCII locale, packages of our names."""
+    """A notebook's backend that is not installed, an ASCII locale, packages of our names.
+
+    torchrun starts the program, as it would on a machine with one GPU.
+    """
     for name in ("results", "support", "train"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('foreign')", encoding="utf-8")
     folder = tmp_path / "run"
     steps = ["--pretrain_steps", 1, "--finetune_steps", 1, "--eval_images", 2, "--probe", 0]
-    status, said = program(*tiny(folder, *steps), PYTHONPATH=str(tmp_path), LC_ALL="C",
-                           PYTHONUTF8="0", PYTHONCOERCECLOCALE="0",
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    status, said = program(*tiny(folder, *steps), launcher=torchrun, PYTHONPATH=str(tmp_path),
+                           LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0",
                            MPLBACKEND="module://matplotlib_inline.not_installed")
     assert status == 0, said
     assert {"report.json", "samples.png", "curves.png"} <= set(contents(folder))

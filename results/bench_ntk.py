@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from torch.func import jacrev, jvp, vjp, vmap
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":
+    # Not this folder first: its tabulate.py would hide a library of that name.
+    sys.path[0] = str(Path(__file__).parent.parent)
 import dit  # noqa: E402
 import ntk  # noqa: E402
 import toy_data  # noqa: E402
@@ -158,7 +160,7 @@ def contest(model, make, rounds, device, sizes=(4, 2, 8, 256)):
             ntk.fast_interaction_matrix(model, x, r, check=False)
 
         def by_gradients():
-            ntk.interaction_matrix(f, params, x, r)
+            ntk.interaction_matrix(module, params, x, r)
 
         for what, ours in ((f"M, N = {N}", matrix), (f"M, N = {N}, unproved", unproved)):
             rows.append(in_turns(what, "vmap(grad)", ours, by_gradients, rounds, device))

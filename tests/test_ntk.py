@@ -928,9 +928,9 @@ def test_the_benchmarks_competitors_give_the_same_kernel(case):
 
 def test_the_benchmark_prints_ratios_and_peaks():
     def make(N):
-        return (torch.randn(N, 30),)
+        return (torch.randn(N, 2, 4, 4),)
 
-    rows = bench_ntk.contest(linear(30, 40), make, 1, "cpu", (2, 2, 3))
+    rows = bench_ntk.contest(nn.Conv2d(2, 3, 1), make, 1, "cpu", (2, 2, 3))
     assert [(row.what, row.other) for row in rows] == [
         ("K, N = 2", "method_1"), ("K, N = 2", "method_2"),
         ("M, N = 3", "vmap(grad)"), ("M, N = 3, unproved", "vmap(grad)")]

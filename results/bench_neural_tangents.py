@@ -109,14 +109,15 @@ def operations():
     def layer_norm(x, shape, weight, bias, eps):
         mean = x.mean(-1, keepdims=True)
         x = (x - mean) / jnp.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + eps)
-        return (x if weight is None else x * weight + bias,)
+        # Torch's operation also gives the mean and the deviation, which nothing uses.
+        return (x if weight is None else x * weight + bias), None, None
 
     def group_norm(x, weight, bias, count, channels, places, groups, eps):
         shape = x.shape
         x = x.reshape(count, groups, -1)
         mean = x.mean(-1, keepdims=True)
         x = (x - mean) / jnp.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + eps)
-        return (x.reshape(shape) * weight[:, None, None] + bias[:, None, None],)
+        return x.reshape(shape) * weight[:, None, None] + bias[:, None, None], None, None
 
     def convolution(x, weight, bias, stride, padding, *_):
         margin = [(p, p) for p in padding]
@@ -146,7 +147,7 @@ def operations():
         return x @ weight + bias
 
     return {
-        "aten.embedding.default": lambda table, words: table[words.astype(int)],
+        "aten.embedding.default": lambda table, words, *_: table[words.astype(int)],
         "aten.arange.default": lambda end: jnp.arange(end, dtype=jnp.float32),
         "aten.mul.Tensor": lambda x, y: x * y, "aten.div.Tensor": lambda x, y: x / y,
         "aten.add.Tensor": lambda x, y: x + y, "aten.exp.default": jnp.exp,
@@ -227,6 +228,7 @@ def contest(file, python, rounds):
         f = in_jax(given["nodes"], given["inputs"])
         rows = numpy.concatenate([z.reshape(N, -1) for z in given["inputs"]], 1)
         rows = rows.astype(numpy.float32)
+        given["params"] = [jax.numpy.asarray(p) for p in given["params"]]
         v = numpy.concatenate([f(given["params"], rows[i:i + 1]) for i in range(N)])
         assert numpy.abs(v - given["v"].reshape(N, -1)).max() < 1e-4, f"{name} is not handed over"
         for way in ("NTK_VECTOR_PRODUCTS", "STRUCTURED_DERIVATIVES"):

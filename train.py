@@ -231,7 +231,7 @@ class Run:
 
         # Algorithm 2: back-propagate every sub-batch, then clip and step once.
         self.optimizer.zero_grad()
-        sub_batches = chunks_of(x0, e, t, tokens, a, s.chunk or len(a))
+        sub_batches = machine.in_chunks(x0, e, t, tokens, a, s.chunk or len(a))
         with machine.tensor_cores():
             loss = sga.deferred_backward(losses, sub_batches, quiet)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
@@ -281,15 +281,6 @@ class Run:
         self.generator.set_state(content["generator"])
 
 
-def chunks_of(x0, e, t, tokens, a, size):
-    """A batch as a list of sub-batches ((x0, e, t, tokens), a) of at most `size` samples each."""
-    chunks = []
-    for start in range(0, len(a), size):
-        some = slice(start, start + size)
-        chunks.append(((x0[some], e[some], t[some], tokens[some]), a[some]))
-    return chunks
-
-
 # --- Training -------------------------------------------------------------------------------------
 
 def train(run, folder):
@@ -299,8 +290,6 @@ def train(run, folder):
     run.use(machine.compiled(machine.together(run.model), s))
     if first:
         recorder = report.Recorder(run)
-        print(f"fine-tuning: arm {s.arm}, {len(run.plan)} optimizer steps, "
-              f"{run.images(run.last) - run.images(s.pretrain_steps):,} images in all", flush=True)
     with machine.finishing_the_step() as interrupts:
         while run.step < run.last:
             if run.step == s.pretrain_steps:
@@ -368,15 +357,12 @@ def main_train(arguments):
             book.check_unused(folder)          # once more, now that nobody else can use it
             save_all(run, folder)
         machine.wait_for_the_others()
-        s, size = run.settings, sum(weight.numel() for weight in run.model.parameters())
-        print(f"{s.model} with {size:,} parameters on {s.device}, {s.pixels} px, "
-              f"from step {run.step}: {folder}", flush=True)
-        report.say_what_was_never_trained([], s)
+        report.announce(run, folder)
         train(run, folder)
         # A kill may have come between the last checkpoint and its rows: no later row mends that.
         book.write_rows(run.log, run.probe, report.COLUMNS, folder)
         file = os.path.join(folder, "pretrained.pt")
-        pretrained = book.load_weights(file, copy.deepcopy(run.ema), s, FORMAT)
+        pretrained = book.load_weights(file, copy.deepcopy(run.ema), run.settings, FORMAT)
         report.report(run, pretrained, folder)
 
 

@@ -1,4 +1,4 @@
-"""How the machine is used: random numbers, precision, interrupts, several processes.
+"""How the machine is used: random numbers, precision, memory, interrupts, several processes.
 
 None of this changes the method. With one process and in float32 every function here does nothing,
 or only hands on what it was given.
@@ -80,6 +80,17 @@ def what_compiling_lacks(device):
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "triton"
     return ""
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+def in_chunks(x0, e, t, tokens, a, size):
+    """A batch as a list of sub-batches ((x0, e, t, tokens), a) of at most `size` samples each."""
+    chunks = []
+    for start in range(0, len(a), size):
+        some = slice(start, start + size)
+        chunks.append(((x0[some], e[some], t[some], tokens[some]), a[some]))
+    return chunks
 
 
 # --- Interrupts -----------------------------------------------------------------------------------

@@ -202,6 +202,20 @@ class Finite:
             book.stop(f"{what} of step {step} is not finite{self.ADVICE.get(what, '')}")
 
 
+# --- What a run says at its start -----------------------------------------------------------------
+
+def announce(run, folder):
+    """The network and the folder, what the fine-tuning will be, and what will be a guess."""
+    s = run.settings
+    size = sum(weight.numel() for weight in run.model.parameters())
+    images = run.images(run.last) - run.images(s.pretrain_steps)
+    print(f"{s.model} with {size:,} parameters on {s.device}, {s.pixels} px, from step {run.step}: "
+          f"{folder}")
+    print(f"fine-tuning: arm {s.arm}, {len(run.plan)} optimizer steps, {images:,} images in all",
+          flush=True)
+    say_what_was_never_trained([], s)
+
+
 # --- Rows of the log ------------------------------------------------------------------------------
 
 class Recorder:

@@ -70,7 +70,7 @@ def test_a_step_in_parts_is_the_same_step(tmp_path, model, steps):
 
 def test_a_batch_is_cut_into_parts_of_at_most_so_many_samples():
     batch = [torch.arange(7) + 10 * k for k in range(5)]
-    parts = train.chunks_of(*batch, 3)
+    parts = machine.in_chunks(*batch, 3)
     assert [len(a) for _, a in parts] == [3, 3, 1]
     for k in range(4):
         assert torch.equal(torch.cat([inputs[k] for inputs, _ in parts]), batch[k])
@@ -174,8 +174,12 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch, process
         both.append(processes.Process(target=one_of_two, args=work))
     for process in both:
         process.start()
-    for process in both:
-        process.join()
+    try:
+        for process in both:
+            process.join(120)                  # one that fails would leave the other waiting
+    finally:
+        for process in both:
+            process.kill()
     assert [process.exitcode for process in both] == [0, 0]
     assert (two / "report.json").exists()
     # Of the two processes the first alone speaks.

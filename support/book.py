@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import zipfile
 
 import torch
 
@@ -180,6 +181,10 @@ def save(file, content):
 def load(file, Settings, form):
     """(settings, content) of a checkpoint of this form. Stops if it is missing or damaged."""
     try:
+        # Torch writes a checksum for each tensor, but does not look at it when it loads one.
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:
+                stop(f"{file} is damaged: it does not hold what was saved")
         content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         stop(f"the checkpoint {file} cannot be read: {error.strerror}")

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import importlib
+import io
 import json
 import os
 import runpy
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from unittest.mock import patch
 
@@ -597,7 +599,18 @@ def truncated(good):
     return good[:len(good) // 2]
 
 
-DAMAGED = {"truncated": truncated, "empty": lambda good: b"", "text": lambda good: b"hello\n"}
+def with_a_bit_flipped(good):
+    """In the middle of the largest tensor, where torch.load notices nothing."""
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    damaged = bytearray(good)
+    damaged[largest.header_offset + largest.file_size // 2] ^= 1
+    torch.load(io.BytesIO(damaged), weights_only=True)
+    return bytes(damaged)
+
+
+DAMAGED = {"truncated": truncated, "bit": with_a_bit_flipped, "empty": lambda good: b"",
+           "text": lambda good: b"hello\n"}
 FOREIGN = {"foreign": {"model": 1}, "tensor": torch.zeros(2),
            "fields": {"format": train.FORMAT, "settings": {}},
            "no settings": {"format": train.FORMAT},

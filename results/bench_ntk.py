@@ -131,15 +131,16 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def contest(model, make, rounds, device, sizes=(4, 2, 8, 256)):
-    """[Row] for a model and make(N), its inputs. Ours and theirs run in turns."""
+def contest_of_kernels(model, make, rounds, device, sizes=(4, 2)):
+    """[Row] of K for a model and make(N), its inputs. Ours and theirs run in turns."""
     module, params = ntk.of_module(model)
+    warm_up(model, make)
 
     def f(params, *one):
         return module(params, *one).flatten()
 
     rows = []
-    for N, other in zip(sizes[:2], (method_1, method_2)):
+    for N, other in zip(sizes, (method_1, method_2)):
         x = make(N)
 
         def kernel():
@@ -149,7 +150,15 @@ def contest(model, make, rounds, device, sizes=(4, 2, 8, 256)):
             other(f, params, x)
 
         rows.append(in_turns(f"K, N = {N}", other.__name__, kernel, their_kernel, rounds, device))
-    for N in sizes[2:]:
+    return rows
+
+
+def contest_of_matrices(model, make, rounds, device, sizes=(8, 256)):
+    """[Row] of M, with its proof and without."""
+    module, params = ntk.of_module(model)
+    warm_up(model, make)
+    rows = []
+    for N in sizes:
         x = make(N)
         r = torch.randn_like(model(*x)).detach()
 
@@ -165,6 +174,15 @@ def contest(model, make, rounds, device, sizes=(4, 2, 8, 256)):
         for what, ours in ((f"M, N = {N}", matrix), (f"M, N = {N}, unproved", unproved)):
             rows.append(in_turns(what, "vmap(grad)", ours, by_gradients, rounds, device))
     return rows
+
+
+def warm_up(model, make):
+    """What torch loads at the first use of vmap, vjp and jvp takes seconds: before any clock."""
+    x = make(2)
+    r = torch.randn_like(model(*x)).detach()
+    ntk.fast_interaction_matrix(model, x, r)
+    ntk.interaction_matrix(*ntk.of_module(model), x, r)
+    ntk.ntk_vector_product(*ntk.of_module(model), x, r)
 
 
 def in_turns(what, other, ours, theirs, rounds, device):
@@ -193,7 +211,10 @@ def contestants(device):
             "U-Net": (unet.UNet(WORDS, 16, (16, 24, 32), 32), image_and_caption)}
 
 
-def bench(rounds, names):
+CONTESTS = {"K": contest_of_kernels, "M": contest_of_matrices}
+
+
+def bench(rounds, names, contests):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -209,7 +230,10 @@ def bench(rounds, names):
             # Away from the zero start.
             p.data.add_(0.02 * torch.randn_like(p))
         size = sum(p.numel() for p in model.parameters())
-        for row in contest(model, make, rounds, device):
+        rows = []
+        for contest in contests:
+            rows += CONTESTS[contest](model, make, rounds, device)
+        for row in rows:
             print(f"| {name} ({size:,}) | {row.what} | {row.other} | {row.ratio:.1f} "
                   f"| {row.seconds:.3g} | {row.their_seconds:.3g} | {row.bytes / 2**20:.0f} "
                   f"| {row.their_bytes / 2**20:.0f} |", flush=True)
@@ -221,5 +245,7 @@ if __name__ == "__main__":
     parser.add_argument("rounds", nargs="?", type=int, default=3, help="rounds (default 3)")
     parser.add_argument("--models", nargs="+", default=["MLP", "DiT", "U-Net"],
                         choices=["MLP", "DiT", "U-Net"], help="which networks (default all)")
+    parser.add_argument("--what", nargs="+", default=["K", "M"], choices=["K", "M"],
+                        help="the kernel, the interaction matrix, or both (default)")
     flags = parser.parse_args()
-    bench(flags.rounds, flags.models)
+    bench(flags.rounds, flags.models, flags.what)

@@ -930,7 +930,9 @@ def test_the_benchmark_prints_ratios_and_peaks():
     def make(N):
         return (torch.randn(N, 2, 4, 4),)
 
-    rows = bench_ntk.contest(nn.Conv2d(2, 3, 1), make, 1, "cpu", (2, 2, 3))
+    layer = nn.Conv2d(2, 3, 1)
+    rows = bench_ntk.contest_of_kernels(layer, make, 1, "cpu", (2, 2))
+    rows += bench_ntk.contest_of_matrices(layer, make, 1, "cpu", (3,))
     assert [(row.what, row.other) for row in rows] == [
         ("K, N = 2", "method_1"), ("K, N = 2", "method_2"),
         ("M, N = 3", "vmap(grad)"), ("M, N = 3, unproved", "vmap(grad)")]

@@ -26,6 +26,7 @@ import toy_data  # noqa: E402
 import unet  # noqa: E402
 
 WORDS = len(toy_data.WORDS)
+LONG_ENOUGH = 1.0              # seconds of calls behind one time
 
 
 # --- The other ways -------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def cost(work, device):
 def seconds_of(work, device):
     """The first call warms up; it counts only if there is no time for a second one."""
     times = []
-    while len(times) < 2 and sum(times) < 3 or sum(times) < 1:
+    while len(times) < 2 and sum(times) < 3 or sum(times) < LONG_ENOUGH:
         start = time.perf_counter()
         work()
         if device == "cuda":

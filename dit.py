@@ -39,7 +39,7 @@ def with_defaults(x, t, tokens, size):
 
 
 def sinusoid(position, width):
-    """(..., width) sines and cosines of (...) positions, at wavelengths from 2 pi to 20,000 pi."""
+    """(..., width) sines and cosines of (...) positions, at wavelengths of 2 pi to < 20,000 pi."""
     if width % 2:
         raise ValueError(f"width must be even, for pairs of a sine and a cosine, not {width}")
     steps = torch.arange(width // 2, device=position.device)      # (width/2,)
@@ -63,7 +63,7 @@ def attend(q, k, v, heads):
         return z.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     q, k, v = in_heads(q), in_heads(k), in_heads(v)     # (N, heads, Q or K, C/heads) each
-    # A product of C/heads numbers of size 1 has size sqrt(C/heads): divided by it, softmax is mild.
+    # A sum of C/heads products of size 1 has size sqrt(C/heads): divided by it, softmax is mild.
     scores = q @ k.mT / math.sqrt(q.shape[-1])          # (N, heads, Q, K)
     mixed = scores.softmax(-1) @ v
     return mixed.transpose(1, 2).flatten(2)             # (N, Q, C)
@@ -94,8 +94,8 @@ class TextBlock(nn.Module):
 class TextEncoder(nn.Module):
     """Token indices (N, L) to words (N, L, C) and their mean (N, C).
 
-    Token 0 pads, and alone it is the null caption. On a CPU a word outside of the vocabulary raises
-    ValueError; a GPU reports it later, in its own words.
+    Token 0 pads; nothing but 0 is the null caption. Padding is not masked. On a CPU a word outside
+    of the vocabulary raises ValueError; a GPU reports it later, in its own words.
     """
 
     def __init__(self, vocabulary, width, heads, depth=1):
@@ -191,7 +191,7 @@ def patchify(x, patch):
     if x.shape[2] % patch or x.shape[3] % patch:
         raise ValueError(f"patch {patch} must divide height and width of x {tuple(x.shape)}")
     channels = F.pixel_unshuffle(x, patch)              # (N, 3pp, H/p, W/p)
-    # Laid out anew: on a transposed view a matrix product may add up in another order.
+    # Contiguous, since a matrix product of a transposed view may round differently.
     return channels.flatten(2).mT.contiguous()          # (N, P, 3pp)
 
 
@@ -205,7 +205,7 @@ def unpatchify(x, patch):
     if side * side != x.shape[1] or x.shape[2] % patch**2:
         raise ValueError(f"patches must be (N, P, channels * {patch**2}) with a square number "
                          f"P, not {tuple(x.shape)}")
-    # By way of one row a sample, so that autograd too lays its gradient out anew.
+    # Flattened first, so that autograd makes the gradient contiguous too (see patchify).
     patches = x.flatten(1).unflatten(1, (side, side, -1))         # (N, H/p, W/p, 3pp)
     channels = patches.permute(0, 3, 1, 2).contiguous()           # (N, 3pp, H/p, W/p)
     return F.pixel_shuffle(channels, patch)             # (N, 3, H, W)

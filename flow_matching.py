@@ -74,8 +74,8 @@ def guided(model, tokens, scale=1.0):
         if scale == 1:
             v = model(x, t, tokens)                     # (N, ...)
         else:
-            twice = torch.cat([tokens, 0 * tokens])
-            both = model(torch.cat([x, x]), torch.cat([t, t]), twice)
+            with_null = torch.cat([tokens, torch.zeros_like(tokens)])
+            both = model(torch.cat([x, x]), torch.cat([t, t]), with_null)
             v_c, v_null = both.chunk(2)                 # (N, ...) each
             v = v_null + scale * (v_c - v_null)         # (N, ...)
         _require_shape("the network's velocity", v, x.shape)
@@ -198,7 +198,7 @@ def exact_velocity(x, t, points, pi=None):
     a smaller expected loss. u* belongs to the population of one caption c: images
     with different captions, such as the views of one root, never share one u*.
 
-    Near t = 1 the weights w_k are those of pi, whatever x is. So u* is nearly
+    Near t = 1 the weights w_k are nearly those of pi, whatever x is. So u* is nearly
     (x - mean image) / t, and samples head for the mean image. Structure appears
     once the weights depend on x.
 

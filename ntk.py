@@ -9,8 +9,8 @@ A network with P parameters theta answers sample i with D numbers v_i. Its resid
 
 The clear route follows these definitions, for any function f(params, *one_input) of one sample.
 The fast route takes a module and goes through it layer by layer. It forms no Jacobian, and it
-proves its own result by one backward pass. `of_module` makes f and params of a module. By hand
-it takes three lines:
+checks its own result by one backward pass, with random weights. `of_module` makes f and params
+of a module. By hand it takes three lines:
 
     params = {name: p.detach() for name, p in model.named_parameters()}
     def f(params, x):
@@ -46,7 +46,7 @@ def one_linear_layer(a, b):
     with_gradients = g @ g.T                                       # (N, N)
     # The inner product of two outer products is the product of two inner products:
     # <b_i a_i^T, b_j a_j^T> = <a_i, a_j> <b_i, b_j>. A matrix of inner products is called a Gram
-    # matrix. Two of them say the same as the gradients, and nothing of the size of W is formed.
+    # matrix. Entry by entry, the product of two of them is M; nothing of the size of W is formed.
     without = (a @ a.T) * (b @ b.T)                                # (N, N)
     return with_gradients, without
 
@@ -148,7 +148,7 @@ def ntk_blocks(f, params, inputs, chunk=16):
         return ntk_vector_product(f, params, inputs, vector)
 
     columns = vmap(column, chunk_size=chunk)(unit.view(N * D, N, D))       # (ND, N, D)
-    # The column of sample j and its output e holds K_ij[d, e] at the place (i, d).
+    # The column of sample j and its output c holds K_ij[d, c] at the place (i, d).
     return columns.view(N, D, N, D).permute(2, 0, 3, 1)            # (N, N, D, D)
 
 
@@ -160,8 +160,8 @@ def ntk_trace(f, params, inputs, chunk=16):
     D = v.shape[1]
     unit = torch.eye(D, dtype=v.dtype, device=v.device)            # (D, D)
 
-    def row_of_each_jacobian(e):
-        return per_sample_gradients(f, params, inputs, e.expand(N, D))
+    def row_of_each_jacobian(unit_vector):
+        return per_sample_gradients(f, params, inputs, unit_vector.expand(N, D))
 
     trace = 0
     for some in unit.split(chunk):
@@ -293,7 +293,7 @@ class Pass(NamedTuple):
 
     inputs: object
     v: torch.Tensor            # the output
-    r: torch.Tensor            # the vectors that meet it
+    r: torch.Tensor            # the residuals, or random vectors in their place (for K)
     layers: dict               # {name: Seen} of the layers that are taken apart
 
 
@@ -311,14 +311,14 @@ def fast_interaction_matrix(model, inputs, residuals, columns=None, check=True):
 
     M is over the parameters that require a gradient. With columns = (inputs, residuals) of a second
     batch of N2 samples it is (N, N2): its rows are evaluated, its columns are trained on (Eq. 22).
-    It is proved by one backward pass, unless check is False. Raises ValueError where it would be
+    It is checked by one backward pass, unless check is False. Raises ValueError where it would be
     wrong, with the layer and, where that can be told, the cause.
     """
     rows = _forward(model, inputs, residuals)
     columns = rows if columns is None else _forward(model, *columns)
     shares = _shares(model, rows, columns)
     if check:
-        _prove(shares, rows, columns)
+        _check_by_backward(shares, rows, columns)
     return sum(share.products for share in shares)
 
 
@@ -342,7 +342,7 @@ def _shares(model, rows, columns):
     return shares
 
 
-def _prove(shares, rows, columns):
+def _check_by_backward(shares, rows, columns):
     """Raises ValueError unless s^T M s = |sum_i s_i g_i|^2 for random weights s: Eq. 13 at work.
 
     The right side takes one ordinary backward pass, which begins with the vectors s_i r_i. (With
@@ -464,6 +464,8 @@ def _grams_are_cheaper(layer, N, C):
     if isinstance(layer.module, nn.Embedding):
         I, O = O, I
     T = layer.shape.numel() // (N * O)
+    # Gradients: T outer products each, then their pairs. Grams: <a_it, a_js>, what it makes of b,
+    # then pairs. Of N samples each has N / 2 pairs, since M and K are symmetric.
     gradients = C * T * I * O + N / 2 * C * C * I * O
     grams = N / 2 * (T * T * I + C * T * T * O + C * C * T * O)
     return grams < gradients
@@ -692,18 +694,19 @@ def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27, check=True):
     """(N, N, D, D) K_ij of model(*inputs), layer by layer; errors as for M (Eq. 11).
 
     `chunk` unit vectors go backward at once, for groups of layers that hold at most `hold` numbers.
-    K is proved by M for random vectors, and this M by a backward pass, unless check is False.
+    K is checked by M for random vectors, and this M by a backward pass, unless check is False.
     """
     batch = _forward(model, inputs)
     N, D = len(batch.v), batch.v[0].numel()
     if check:
         # First of all: it takes little time, and names the layer if there is something wrong.
         shares = _shares(model, batch, batch)
-        _prove(shares, batch, batch)
+        _check_by_backward(shares, batch, batch)
         M = sum(share.products for share in shares)                # (N, N)
     K = batch.v.new_zeros(N, D, N, D)                              # (N, D, N, D)
     for names in _groups(batch, hold):
         factors = _unit_factors(batch, names, chunk)
+        # Taken out of the dict, so that its memory is free before the next one is used.
         while factors:
             _, (a, b) = factors.popitem()
             _add_share(K, a, b)
@@ -782,15 +785,15 @@ def _add_share(K, a, b, block=256):
             K[start:, start:start + block].addmm_(G[start:], G[start:start + block].T)
         return
     for i in range(N):
-        # <a_js, a_it> for all samples j from i on.
+        # <a_js, a_it> for all samples j from i on: a row for each (j, s), a column for each t.
         A = (a[i:] @ a[i].T).flatten(0, 1)
         for start in range(0, D, block):
             some = slice(start, start + block)
-            # sum_t <a_js, a_it> b_it, for the unit vectors of these columns.
-            met = (A @ b[i, some]).unflatten(1, (N - i, -1)).flatten(2)
-            K[i, start:, i, some].addmm_(b[i, start:].flatten(1), met[:, 0].T)
+            # sum_t <a_js, a_it> b_it, for the unit vectors of these columns: (columns, j, s O).
+            weighted = (A @ b[i, some]).unflatten(1, (N - i, -1)).flatten(2)
+            K[i, start:, i, some].addmm_(b[i, start:].flatten(1), weighted[:, 0].T)
             for j in range(i + 1, N):
-                K[j, :, i, some].addmm_(b[j].flatten(1), met[:, j - i].T)
+                K[j, :, i, some].addmm_(b[j].flatten(1), weighted[:, j - i].T)
 
 
 def _mirror(K, block=256):
@@ -808,7 +811,7 @@ def _require_same(K, r, M):
     by_kernel = torch.einsum("ijd,id->ij", by_kernel, r)           # (N, N)
     eps = torch.finfo(M.dtype).eps
     length = M.diagonal().sqrt()                                   # (N,)
-    # As in _prove: half of the digits, measured by the lengths of the gradients.
+    # Half of the digits must agree, measured by the lengths of the gradients.
     allowed = math.sqrt(eps) * length[:, None] * length + eps * M.trace()
     gap = (by_kernel - M).abs()                                    # (N, N)
     if not (gap <= allowed).all():

@@ -8,9 +8,9 @@ one_sga_step is the whole method.
 
 What can it change? A weight a_i in the loss multiplies the gradient of sample i.
 The weighted loss of a step then falls at sum_ij a_i a_j M_ij, where M is the
-interaction matrix of ntk.py. A sample's own loss falls at sum_j a_j M_ij, and so
-does the plain mean that an evaluation sees: one factor a, not two (Eq. 21). SGA
-therefore acts in three ways only: which views meet in a step (tuples), at which
+interaction matrix of ntk.py. A sample's own loss falls at sum_j a_j M_ij, and the
+plain mean that an evaluation sees at the mean of these: one factor a, not two
+(Eq. 21). SGA therefore acts in three ways only: which views meet in a step (tuples), at which
 noise levels (offsets), and with which weights.
 
 t = 0 is data, t = 1 is noise. A granularity is an index into GRANULARITIES. There
@@ -164,7 +164,7 @@ def tuple_weights(sizes, scaling="root", k_max=3):
     1 / (G K_g), so that every root weighs the same (the paper). With "view" it is
     1 / (G K_max), so that every view does (the authors' code). The two differ
     where K_g varies.
-    In the geometry a weight a_i multiplies g_i, and so M_ij twice in the weighted loss (Eq. 21).
+    In the geometry M_ij is multiplied by a_i a_j in the weighted loss, by a_j elsewhere (Eq. 21).
     Raises ValueError for another scaling, for no tuple, and unless a tuple has 1
     to k_max views.
     """
@@ -182,7 +182,7 @@ def tuple_weights(sizes, scaling="root", k_max=3):
 
 
 def deferred_backward(losses, sub_batches, quiet=contextlib.nullcontext):
-    """Adds the gradient of sum_i a_i l_i over all sub-batches, and returns the sum (Eq. 18).
+    """Adds the gradient of sum_i a_i loss_i over all sub-batches, and returns the sum (Eq. 18).
 
     It takes no step: clip and step once, after it. sub_batches is a list of pairs
     (batch, a), one for each resolution, or as many as memory asks for.
@@ -197,7 +197,8 @@ def deferred_backward(losses, sub_batches, quiet=contextlib.nullcontext):
     total = 0.0
     for k, (batch, a) in enumerate(sub_batches, 1):
         last = k == len(sub_batches)
-        with contextlib.nullcontext() if last else quiet():
+        exchange = contextlib.nullcontext() if last else quiet()
+        with exchange:
             each = losses(*batch)                       # (n,)
             if each.shape != a.shape:
                 raise ValueError(f"losses of the shape {tuple(each.shape)} do not fit weights"
@@ -233,9 +234,9 @@ def offset_time(granularity, generator, offsets=OFFSETS, mean=0.0, std=1.0, shif
     if generator.device.type != granularity.device.type:
         raise ValueError(f"the generator is on {generator.device}, the granularity on"
                          f" {granularity.device}; they must be on one device")
-    mu = mean + _of_each(granularity, offsets)          # (n,)
+    mu = _of_each(granularity, offsets)                 # (n,)
     noise = torch.randn(len(mu), generator=generator, device=mu.device)  # (n,)
-    t = torch.sigmoid(mu + std * noise)                 # (n,)
+    t = torch.sigmoid(mean + mu + std * noise)          # (n,)
     shifted = shift * t / (1 + (shift - 1) * t)         # (n,)
     # Where t is 1, the shift's rounding may lead a little beyond it.
     return shifted.clamp(max=1.0)
@@ -396,15 +397,14 @@ def method(name, model):
     return arm
 
 
-def plan(root, granularity, arm, tuples, steps, seed):
+def plan(root, granularity, arm, tuples_per_step, steps, seed):
     """[(views (n,), weights (n,))]: what each step sees, on the CPU.
 
-    root and granularity (V,) describe all views; tuples is how many of them a
-    step has. Every arm has the same number of images: views only trade places,
-    and `join` makes one large step of several.
+    root and granularity (V,) describe all views. Every arm has the same number of
+    images: views only trade places, and `join` makes one large step of several.
     """
-    if tuples < 1:
-        raise ValueError(f"a step has 1 tuple or more, not {tuples}")
+    if tuples_per_step < 1:
+        raise ValueError(f"a step has 1 tuple or more, not {tuples_per_step}")
     # The controls trade with a generator of their own. So the sizes of their
     # tuples follow each other in the same order as with root tuples.
     generator = torch.Generator().manual_seed(seed)
@@ -414,10 +414,10 @@ def plan(root, granularity, arm, tuples, steps, seed):
     # The tuples of the epoch that no step has seen yet.
     waiting = []
     while len(planned) < steps:
-        while len(waiting) < tuples:
+        while len(waiting) < tuples_per_step:
             epoch = root_tuples(root, generator)
             waiting += epoch if arm.meet == "root" else traded(epoch, labels, trader)
-        met, waiting = waiting[:tuples], waiting[tuples:]
+        met, waiting = waiting[:tuples_per_step], waiting[tuples_per_step:]
         views = torch.cat(met)                          # (n,)
         if arm.weigh == "step":
             a = torch.ones(len(views)) / len(views)     # (n,)

@@ -5,9 +5,9 @@ granularities:
     macro  the whole scene          "macro red striped circle top left on white"
     meso   one object fills it      "meso red striped circle on white"
     micro  its texture, close up    "micro red striped on white"
-What no caption names, the nuisance, takes one of 18 values: 9 jitters times 2 sizes. So the images
-of a caption are a finite population, and its exact velocity (Eq. 4 in flow_matching.py) is known,
-for held-out captions too.
+What no caption names, the nuisance, takes one of 18 values: 9 jitters (small shifts) times 2
+sizes. So the images of a caption are a finite population, and its exact velocity (Eq. 4 in
+flow_matching.py) is known, for held-out captions too.
 
 Lengths are in widths of the scene, x to the right, y downwards. Images are (n, 3, pixels, pixels)
 with values in [-1, 1]. Run `python toy_data.py` for a picture.
@@ -173,7 +173,7 @@ def combinations(domain, split):
     table = torch.cartesian_prod(*map(torch.arange, (shapes, colours, textures)))
     # Of four consecutive sums one is held out, so that any two attributes are seen with some third.
     held_out = table.sum(1) % 4 == 3
-    return table[held_out == (split == "held_out")]
+    return table[held_out if split == "held_out" else ~held_out]
 
 
 def sample_scenes(n, generator, domain="base", split="seen", objects=1):
@@ -189,6 +189,7 @@ def sample_scenes(n, generator, domain="base", split="seen", objects=1):
         rows = torch.randint(len(table), size, generator=generator, device=device)
         return constant(table, device)[rows]
 
+    # In a pair either object may come first, so each layout counts in both orders.
     both_ways = LAYOUTS[objects] + tuple(layout[::-1] for layout in LAYOUTS[objects])
     attributes = pick(combinations(domain, split), n, objects)    # (n, k, 3)
     places = pick(both_ways, n)                         # (n, k)
@@ -527,7 +528,9 @@ def bank(granularity, pixels, objects, device):
     zero = torch.zeros_like(place)
     kinds = torch.stack([shape, zero, texture, place], 1)
     # In a scene of two objects each is smaller, so that the pair is made of one object twice.
-    scenes = Scenes(kinds[:, None].repeat(1, objects, 1), zero, kinds[:, :3].float())
+    # Any nuisance will do: population replaces it by every row of NUISANCES.
+    no_nuisance = torch.zeros(len(kinds), 3, device=device)
+    scenes = Scenes(kinds[:, None].repeat(1, objects, 1), zero, no_nuisance)
     known = population(scenes)
     m = coverage(known, view_boxes(known, granularity), pixels)
     return places, known.objects[:, 0], m[:, 0].flatten(1)
@@ -599,8 +602,9 @@ def read(images, granularity="macro", objects=1):
 def accuracies(images, scenes, granularity="macro"):
     """What of n scenes the reader finds in n images, as (n,) booleans, and its residual (n,).
 
-    layout: places and background, shape_colour, texture, and joint: all three. What a view does
-    not show counts as found. The granularity is a name. Raises ValueError for other shapes.
+    layout (macro only): places and background; shape_colour (micro: colour); texture; joint: all.
+    A wrong background in meso or micro counts as right. The granularity is a name. Raises
+    ValueError for other shapes.
     """
     check_scenes(scenes)
     n, k, _ = scenes.objects.shape

@@ -75,8 +75,8 @@ class Settings:
     ema: float = option(0.999, "decay of the averaged weights, which are evaluated", 0.0, 0.99999)
     caption_dropout: float = option(0.1, "share of captions replaced by the null caption, for "
                                     "guidance", 0.0, 1.0)
-    time_mean: float = option(0.5, "noise levels: t = sigmoid(z), z ~ N(time_mean, time_std^2)",
-                              -10.0, 10.0)
+    time_mean: float = option(0.5, "noise levels: t = sigmoid(z), z ~ N(time_mean + the arm's "
+                              "offset, time_std^2)", -10.0, 10.0)
     time_std: float = option(1.0, "see time_mean", 0.0, 100.0)
     time_shift: float = option(1.0, "resolution shift of t; above 1 favours noise", 1e-3, 1e3)
     # The report.
@@ -160,13 +160,14 @@ def draw_batch(run, step):
 
 
 def learning_rate(run, step):
-    """Of step 1, 2, ...: in each phase up over the warm-up, then linearly down to 0."""
+    """Of step 1, 2, ...: in each phase up over the warm-up, then on a line towards 0."""
     s = run.settings
     phase, number = phase_of(s, step)
     if phase == "pretrain":
-        return s.lr * min(number / s.warmup, 1 - (number - 1) / s.pretrain_steps, 1)
-    rise = number * run.arm.join / s.warmup    # steps that join others rise as fast in images
-    return s.finetune_lr * min(rise, 1 - (number - 1) / len(run.plan), 1)
+        return s.lr * min(number / s.warmup, 1 - (number - 1) / s.pretrain_steps)
+    # A step of the arm big holds the images of `join` steps, so it needs fewer steps to rise.
+    rise = number * run.arm.join / s.warmup
+    return s.finetune_lr * min(rise, 1 - (number - 1) / len(run.plan))
 
 
 class Run:

@@ -40,7 +40,7 @@ def with_defaults(x, t, tokens, size):
 
 
 def sinusoid(position, width):
-    """(..., width) sines and cosines of (...) positions, at wavelengths from 2 pi to 20,000 pi."""
+    """(..., width) sines and cosines of (...) positions, at wavelengths of 2 pi to < 20,000 pi."""
     if width % 2:
         raise ValueError(f"width must be even, for pairs of a sine and a cosine, not {width}")
     steps = torch.arange(width // 2, device=position.device)      # (width/2,)
@@ -64,7 +64,7 @@ def attend(q, k, v, heads):
         return z.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     q, k, v = in_heads(q), in_heads(k), in_heads(v)     # (N, heads, Q or K, C/heads) each
-    # A product of C/heads numbers of size 1 has size sqrt(C/heads): divided by it, softmax is mild.
+    # A sum of C/heads products of size 1 has size sqrt(C/heads): divided by it, softmax is mild.
     scores = q @ k.mT / math.sqrt(q.shape[-1])          # (N, heads, Q, K)
     mixed = scores.softmax(-1) @ v
     return mixed.transpose(1, 2).flatten(2)             # (N, Q, C)
@@ -95,8 +95,8 @@ class TextBlock(nn.Module):
 class TextEncoder(nn.Module):
     """Token indices (N, L) to words (N, L, C) and their mean (N, C).
 
-    Token 0 pads, and alone it is the null caption. On a CPU a word outside of the vocabulary raises
-    ValueError; a GPU reports it later, in its own words.
+    Token 0 pads; nothing but 0 is the null caption. Padding is not masked. On a CPU a word outside
+    of the vocabulary raises ValueError; a GPU reports it later, in its own words.
     """
 
     def __init__(self, vocabulary, width, heads, depth=1):

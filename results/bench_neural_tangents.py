@@ -172,7 +172,7 @@ def operations():
 
 
 def in_jax(nodes, inputs):
-    """f(params, rows) of the operations; a row holds all inputs of a sample, one after the other."""
+    """f(params, rows) of the operations; a row holds all inputs of one sample in a line."""
     import jax
 
     known = operations()

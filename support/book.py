@@ -43,8 +43,8 @@ def one_sentence():
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        stop("out of memory; lower --chunk first, which changes no result, then --batch, "
-             "--eval_images or --width")
+        stop("out of memory; set --chunk first (0 is a whole step; others change a result by "
+             "rounding at most), then lower --batch, --eval_images or --width")
 
 
 def out_of_memory(error):

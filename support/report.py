@@ -143,7 +143,7 @@ def residuals_of(model, inputs, u):
 
 
 def probe_row(model, batch, before):
-    """M and what it says, of the live weights; no random number and no gradient of a run's changes.
+    """M of the trained weights, not the averaged ones, and what it says. The run is not changed.
 
     The kernel K itself is too large to keep. Its drift (Eq. 16) is that of u_i^T K_ij u_j, the
     kernel seen by vectors that stay the same, the targets. The first row keeps this matrix.

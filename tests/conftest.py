@@ -1,12 +1,16 @@
 """For every test: the program's modules can be imported, one thread computes, no window opens."""
 
-import multiprocessing
+import os
 import sys
 from pathlib import Path
 
 import matplotlib
+import matplotlib.figure  # noqa: F401
 import pytest
 import torch
+import torchvision.transforms.v2.functional  # noqa: F401
+
+from nursery import Nursery
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 matplotlib.use("Agg")
@@ -14,13 +18,13 @@ matplotlib.use("Agg")
 # The tensors of the tests are tiny: several threads would spend their time waiting for each other.
 torch.set_num_threads(1)
 
+# Here, where the libraries are loaded, and before anything is computed.
+NURSERY = Nursery() if hasattr(os, "fork") else None
 
-@pytest.fixture(scope="session")
-def processes():
-    """Starts processes, each a copy of one in which the libraries are loaded already."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+
+@pytest.fixture
+def nursery():
+    """Starts processes that have the libraries loaded already."""
+    if NURSERY is None:
         pytest.skip("needs the processes and signals of Linux or macOS")
-    context = multiprocessing.get_context("forkserver")
-    libraries = ["torch", "torchvision.ops", "torchvision.transforms.v2.functional"]
-    context.set_forkserver_preload([*libraries, "matplotlib.figure", "pytest"])
-    return context
+    return NURSERY

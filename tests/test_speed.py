@@ -153,7 +153,6 @@ def free_port():
 
 def one_of_two(rank, port, flags, printed):
     """The work of a process of its own, which is told what torchrun tells each of two."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
     report.draw_all = nothing
@@ -161,7 +160,7 @@ def one_of_two(rank, port, flags, printed):
         train.main(flags)
 
 
-def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch, processes):
+def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch, nursery):
     """The same seed and batches, with tuples of two and of three views.
 
     That torchrun itself can start the program is seen in test_train.py.
@@ -171,16 +170,9 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch, process
     both = []
     for rank in (0, 1):
         work = (rank, port, [*flags, "--out", str(two)], tmp_path / f"printed-{rank}")
-        both.append(processes.Process(target=one_of_two, args=work))
-    for process in both:
-        process.start()
-    try:
-        for process in both:
-            process.join(120)                  # one that fails would leave the other waiting
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.exitcode for process in both] == [0, 0]
+        both.append(nursery.start(one_of_two, *work))
+    # One that fails leaves the other waiting, until that is killed.
+    assert [process.wait() for process in both] == [0, 0]
     assert (two / "report.json").exists()
     # Of the two processes the first alone speaks.
     said, more = ((tmp_path / f"printed-{rank}").read_text(encoding="utf-8") for rank in (0, 1))

@@ -178,7 +178,7 @@ EXERCISES = (
         "Suppose that the offset were added after the sigmoid instead of before. " + BREAKS,
         "A shift of the logit keeps t between 0 and 1 (Eq. 19).",
         ("test_sga.py",),
-        change=("torch.sigmoid(mu + ", "mu + torch.sigmoid(")),
+        change=("torch.sigmoid(mean + mu + ", "mu + torch.sigmoid(mean + ")),
     Exercise(
         "Images as words", "dit", ("patchify", "unpatchify"),
         AGAIN + "Row by row, and each undoes the other.",

@@ -149,12 +149,6 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def stopped_after(step, folder, *more):
-    """Starts a run in the folder that Ctrl-C stops after a step."""
-    with after_step(step, interrupt):
-        refused(tiny(folder, *more), "interrupted", f"step {step} ")
-
-
 def nothing(*_):
     pass
 
@@ -245,16 +239,28 @@ def test_killed_at_any_moment_and_resumed_it_ends_bit_identical(tmp_path, nurser
     assert not list(folder.glob("*.tmp"))
 
 
-# Between two rows of the log, at the end of the first phase, and after it.
-@pytest.mark.parametrize("step", [3, 6, 7])
-def test_control_c_saves_the_step_and_resuming_goes_on(tmp_path, finished, only_training, step):
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory):
+    """The folder of a run that Ctrl-C has stopped three times, each time to be resumed.
+
+    After step 3, between two rows of the log; after 6, the end of the first phase; and after 7.
+    """
+    folder = tmp_path_factory.mktemp("runs") / "half_way"
+    resume = []
+    for step in (3, 6, 7):
+        before = signal.getsignal(signal.SIGINT)
+        with after_step(step, interrupt):
+            sentence = refused(tiny(folder, *resume))
+        assert sentence == f"train.py: interrupted: step {step} is saved, go on with --resume"
+        assert signal.getsignal(signal.SIGINT) is before
+        assert step_of(folder) == step
+        resume = ["--resume"]
+    return folder
+
+
+def test_control_c_saves_the_step_and_resuming_goes_on(tmp_path, finished, half_way, only_training):
     folder = tmp_path / "run"
-    before = signal.getsignal(signal.SIGINT)
-    with after_step(step, interrupt):
-        sentence = refused(tiny(folder))
-    assert sentence == f"train.py: interrupted: step {step} is saved, go on with --resume"
-    assert signal.getsignal(signal.SIGINT) is before
-    assert step_of(folder) == step
+    shutil.copytree(half_way, folder)
     train.main(tiny(folder, "--resume"))
     assert not_as(folder, finished) == []
 
@@ -300,14 +306,6 @@ def forget_rows(run):
 
 FORGETFUL = [forget_generator, forget_optimizer, forget_average, forget_weights, forget_offsets,
              forget_loss, forget_rows]
-
-
-@pytest.fixture(scope="module")
-def half_way(tmp_path_factory):
-    """The folder of a run that was stopped after its first step of the fine-tuning."""
-    folder = tmp_path_factory.mktemp("runs") / "half_way"
-    stopped_after(7, folder)
-    return folder
 
 
 @pytest.mark.parametrize("forget", FORGETFUL)
@@ -392,7 +390,8 @@ def test_what_is_not_finite_first_is_named_and_the_checkpoint_kept(tmp_path, whe
                                                                    blamed):
     folder = tmp_path / "run"
     with sixth_call(where, name, spoil):
-        sentence = refused(tiny(folder), f"train.py: {blamed} of step 6 is not finite")
+        sentence = refused(tiny(folder, "--probe", 0),
+                           f"train.py: {blamed} of step 6 is not finite")
     # A lower learning rate is advised only where it can help.
     assert ("--lr" in sentence) == (name == "loss")
     content = checkpoint(folder / "checkpoint.pt")
@@ -741,15 +740,20 @@ def test_a_picture_that_fails_leaves_the_report_whole_and_says_so(tmp_path, caps
     def failing(*_):
         raise ValueError("no font")
 
+    def blank(*arguments):
+        Path(arguments[-1]).write_bytes(b"a picture")
+
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     (folder / "report.json").unlink()
+    others = {"samples", "curves", "probe"} - {name}
+    for other in others:
+        monkeypatch.setattr(pictures, f"draw_{other}", blank)
     monkeypatch.setattr(pictures, f"draw_{name}", failing)
     assert train.main(tiny(folder, "--resume")) is None
     said = [line for line in capsys.readouterr().out.splitlines() if "no font" in line]
     assert len(said) == 1 and f"{name}.png" in said[0]
     assert report_of(folder)["rows"]
-    others = {"samples", "curves", "probe"} - {name}
     assert all((folder / f"{other}.png").read_bytes() == b"a picture" for other in others)
 
 
@@ -792,29 +796,42 @@ def test_a_foreign_package_of_the_name_results_or_support_costs_no_work(tmp_path
         assert "support" in str(error)
 
 
-def program(*arguments, launcher=(), **environment):
+def program(*arguments, **environment):
     """train.py in a process of its own: its exit status, and what it printed."""
-    command = [sys.executable, *launcher, ROOT / "train.py", *arguments]
+    command = [sys.executable, ROOT / "train.py", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(command, env=environment, encoding="utf-8", errors="replace",
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return done.returncode, done.stdout
 
 
-def test_a_hostile_environment_costs_nothing(tmp_path):
+HOSTILE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+           "MPLBACKEND": "module://matplotlib_inline.not_installed"}
+
+
+def torchrun(arguments, environment, printed):
+    """The work of a process of its own: what the command torchrun does, its words in a file."""
+    from torch.distributed.run import main
+    with open(printed, "wb") as stream:
+        for output in (1, 2):
+            os.dup2(stream.fileno(), output)
+    os.environ |= {"OMP_NUM_THREADS": "1"} | environment
+    main(["--standalone", "--nproc_per_node=1", str(ROOT / "train.py"), *arguments])
+
+
+def test_a_hostile_environment_costs_nothing(tmp_path, nursery):
     """A notebook's backend that is not installed, an ASCII locale, packages of our names.
 
     torchrun starts the program, as it would on a machine with one GPU.
     """
     for name in ("results", "support", "train"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('foreign')", encoding="utf-8")
-    folder = tmp_path / "run"
+    folder, printed = tmp_path / "run", tmp_path / "printed"
     steps = ["--pretrain_steps", 1, "--finetune_steps", 1, "--eval_images", 2, "--probe", 0]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    status, said = program(*tiny(folder, *steps), launcher=torchrun, PYTHONPATH=str(tmp_path),
-                           LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0",
-                           MPLBACKEND="module://matplotlib_inline.not_installed")
-    assert status == 0, said
+    environment = HOSTILE | {"PYTHONPATH": str(tmp_path)}
+    process = nursery.start(torchrun, tiny(folder, *steps), environment, printed)
+    said = printed.read_text(encoding="utf-8") if process.wait() else ""
+    assert process.status() == 0, said
     assert {"report.json", "samples.png", "curves.png"} <= set(contents(folder))
 
 
@@ -1293,21 +1310,23 @@ def test_min_snr_weighs_the_loss_of_its_arms_alone(model, arm, weighs):
 
 def test_the_measured_arm_follows_its_matrix_and_survives_a_stop(tmp_path, only_training):
     """Its offsets are new at every row, and a run stopped between two goes on with those."""
-    flags = ["--arm", "measured", "--finetune_steps", 6, "--every", 2]
+    flags = ["--arm", "measured", "--roots", 2, "--probe", 1, "--pretrain_steps", 4,
+             "--finetune_steps", 6, "--every", 2]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train.main(tiny(whole, *flags))
     offsets = [tuple(row["offsets"]) for row in book.read_probe(whole)]
-    assert set(offsets[:4]) == {(0, 0, 0)}                         # none in the pretraining
-    assert len(set(offsets[4:])) == 3
+    assert set(offsets[:3]) == {(0, 0, 0)}                         # none in the pretraining
+    assert len(set(offsets[3:])) == 3
 
     run = train.resumed_run({}, whole)
-    inputs, u, labels = report.probe_batch(run.settings, run.roots, 4)
+    inputs, u, labels = report.probe_batch(run.settings, run.roots, 2)
     r = (run.model(*inputs) - u).detach()
     M = ntk.fast_interaction_matrix(run.model, inputs, r).detach()
     expected = sga.measured_offsets(M, labels[:, 1], inputs[1]).tolist()
     assert report.measured_offsets(run) == pytest.approx(expected, abs=1e-4)
 
-    stopped_after(9, stopped, *flags)
+    with after_step(7, interrupt):
+        refused(tiny(stopped, *flags), "step 7 ")
     train.main(tiny(stopped, *flags, "--resume"))
     assert not_as(stopped, whole) == []
 

@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 NURSERY = Nursery() if hasattr(os, "fork") else None
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def nursery():
     """Starts processes that have the libraries loaded already."""
     if NURSERY is None:

@@ -5,10 +5,12 @@ nothing but torch, torchvision and Python itself is a matter of reading: see tes
 """
 
 import ast
+import contextlib
+import io
 import json
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -17,24 +19,30 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODULES = ("toy_data", "flow_matching", "ntk", "sga", "dit", "unet")
 
-# Runs the one file of each folder as `python FILE` does, where it finds nothing else of this
-# repository, and prints what came of it. One process for all, since importing torch takes seconds.
-RUNNER = """
-import contextlib, io, json, os, runpy, sys
-for folder in sys.argv[1:]:
-    os.chdir(folder)
-    file, = os.listdir()
-    sys.path.insert(0, folder)
-    sys.argv[:] = [file]
-    printed, error = io.StringIO(), ""
-    with contextlib.redirect_stdout(printed):
-        try:
-            runpy.run_path(file, run_name="__main__")
-        except Exception as what:
-            error = f"{type(what).__name__}: {what}"
-    sys.path.remove(folder)
-    print(json.dumps([printed.getvalue(), error]))
-"""
+
+def run_alone(folders, results):
+    """The work of a process of its own: runs the one file of each folder as `python FILE` does.
+
+    It finds nothing else of this repository. What was printed and what went wrong is written down.
+    """
+    assert not sys.modules.keys() & set(MODULES)
+    ours = (ROOT, ROOT / "tests")
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in ours]
+    found = []
+    for folder in folders:
+        os.chdir(folder)
+        file, = os.listdir()
+        sys.path.insert(0, str(folder))
+        sys.argv[:] = [file]
+        printed, error = io.StringIO(), ""
+        with contextlib.redirect_stdout(printed):
+            try:
+                runpy.run_path(file, run_name="__main__")
+            except Exception as what:
+                error = f"{type(what).__name__}: {what}"
+        sys.path.remove(str(folder))
+        found.append((printed.getvalue(), error))
+    results.write_text(json.dumps(found), encoding="utf-8")
 
 
 def source_of(name):
@@ -47,19 +55,18 @@ TWINS = {"twin_top": "import sga\n" + source_of("flow_matching"),
 
 
 @pytest.fixture(scope="module")
-def demos(tmp_path_factory):
+def demos(tmp_path_factory, nursery):
     """{module or twin: (its folder, what its demo printed, its error)}, all run in one process."""
     sources = {name: source_of(name) for name in MODULES} | TWINS
     folders = {name: tmp_path_factory.mktemp(name) for name in sources}
     for name, folder in folders.items():
         (folder / f"{name}.py").write_text(sources[name], encoding="utf-8")
-    command = [sys.executable, "-I", "-W", "ignore", "-c", RUNNER, *map(str, folders.values())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == len(folders)
-    return {name: (folders[name], *result) for name, result in zip(folders, results)}
+    results = tmp_path_factory.mktemp("results") / "results.json"
+    process = nursery.start(run_alone, list(folders.values()), results)
+    assert process.wait(300) == 0
+    found = json.loads(results.read_text(encoding="utf-8"))
+    assert len(found) == len(folders)
+    return {name: (folders[name], *result) for name, result in zip(folders, found)}
 
 
 @pytest.mark.parametrize("name", ["toy_data", "flow_matching"])

@@ -5,6 +5,7 @@ repository, and on a small source that breaks it, which it must notice.
 """
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -40,6 +41,12 @@ def source_of(file):
     return (ROOT / file).read_text(encoding="utf-8")
 
 
+@functools.cache
+def tree_of(source):
+    """The syntax tree of a source, which several rules look at. Nobody changes it."""
+    return ast.parse(source)
+
+
 def test_the_files_of_the_house_are_found():
     known = {"train.py", "support/report.py", "results/study.py", "tests/test_house.py"}
     assert known <= set(FILES)
@@ -55,7 +62,7 @@ def too_wide(source):
 def lambdas_with_a_name(source):
     """The lines where a lambda is assigned to a name. A function with a name is a def."""
     lines = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree_of(source)):
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
             several = isinstance(node.value, (ast.Tuple, ast.IfExp))
             values = ast.iter_child_nodes(node.value) if several else [node.value]
@@ -66,13 +73,13 @@ def lambdas_with_a_name(source):
 
 def evals(source):
     """The lines that name eval, which runs whatever a text says."""
-    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    names = [node for node in ast.walk(tree_of(source)) if isinstance(node, ast.Name)]
     return [node.lineno for node in names if node.id == "eval"]
 
 
 def without_encoding(source):
     """The lines that read or write text in whatever encoding the machine happens to have."""
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(tree_of(source)) if isinstance(node, ast.Call)]
     return [call.lineno for call in calls if opens_a_file(call) and not says_how(call)]
 
 
@@ -165,7 +172,7 @@ def forbidden_imports(file, source):
     measure_... and paint_..., may also import matplotlib and the neighbours. support imports the
     concepts and itself, and train imports the concepts and support. results and tests are free.
     """
-    tree, name = ast.parse(source), file.removesuffix(".py")
+    tree, name = tree_of(source), file.removesuffix(".py")
     folder = file.rpartition("/")[0]
     if folder in ("results", "tests"):
         return set()
@@ -225,7 +232,7 @@ def program():
     for file in FILES:
         if file.startswith("support/"):
             names[file.removesuffix(".py").replace("/", ".")] = file
-    return {name: imported(ast.parse(source_of(file)), "support") for name, file in names.items()}
+    return {name: imported(tree_of(source_of(file)), "support") for name, file in names.items()}
 
 
 def test_no_module_of_the_program_imports_itself_by_way_of_others():

@@ -28,6 +28,8 @@ CASES = {
     "2 threads, 1,000 spins": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "1000"},
 }
 BUSY = (0, 1, 2)
+# A process that does nothing but compute, and ends with the one that started it.
+LOOP = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 
 
 # --- The work of a process of its own -------------------------------------------------------------
@@ -43,8 +45,7 @@ def measure_speeds(seconds):
 
     speeds = []
     for number in BUSY:
-        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
-                for _ in range(number)]
+        busy = [subprocess.Popen([sys.executable, "-c", LOOP]) for _ in range(number)]
         time.sleep(0.5)                            # until they have begun
         before, start = run.images(run.step), time.perf_counter()
         while time.perf_counter() < start + seconds:

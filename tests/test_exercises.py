@@ -60,11 +60,14 @@ def test_what_is_in_the_repository_passes(capsys):
 
 def without_body(module, function):
     """The module's source with nothing but the docstring left of a function."""
-    tree = ast.parse(exercises.source_of(module))
+    source = exercises.source_of(module)
+    tree = ast.parse(source)
     node, = (node for node in tree.body if getattr(node, "name", None) == function)
     assert ast.get_docstring(node) and len(node.body) > 1
-    node.body = node.body[:1]
-    return ast.unparse(tree)
+    lines = source.splitlines()
+    docstring, *_, last = node.body
+    del lines[docstring.end_lineno:last.end_lineno]
+    return "\n".join(lines)
 
 
 DELETED = [(number, name) for number in TO_WRITE for name in exercise_of(number).functions]

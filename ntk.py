@@ -880,7 +880,9 @@ def pairs_by_kind(M, labels, names):
     labels is (N, L), a column for each of the L names. A kind of pair is named by all the labels
     that its two samples share, or "nothing". Kinds without a pair are left out.
     """
-    i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
+    N = _require_square(M)
+    _require_shape("labels", labels, (N, len(names)))
+    i, j = torch.triu_indices(N, N, 1, device=M.device)
     same = labels[i] == labels[j]
     negative = M[i, j] < 0
     cosine = cosines(M)[i, j]
@@ -903,6 +905,7 @@ def frozen_residuals(K, r, tau):
     times the largest one are not known, and neither is what their directions do at tau > N / them.
     """
     N, D = r.shape
+    _require_shape("K", K, (N, N, D, D))
     matrix = K.transpose(1, 2).reshape(N * D, N * D)               # (ND, ND)
     values, vectors = torch.linalg.eigh(matrix)                    # (ND,), (ND, ND)
     decay = torch.exp(-values.clamp(min=0) * tau / N)              # (ND,)
@@ -911,6 +914,7 @@ def frozen_residuals(K, r, tau):
 
 def kernel_drift(K, K_start):
     """|K - K(0)|_F / |K(0)|_F, of the blocks or of their traces (Eq. 16)."""
+    _require_shape("K", K, K_start.shape)
     return (K - K_start).norm() / K_start.norm()
 
 
@@ -919,7 +923,9 @@ def sign_agreement(M, residuals):
 
     A kernel need not keep the sign of an inner product.
     """
+    N = _require_square(M)
     r = residuals.flatten(1)                                       # (N, D)
+    _require_shape("residuals", r, (N, r.shape[1]))
     i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
     same = (r @ r.T)[i, j].sign() == M[i, j].sign()
     return same.to(M).mean()
@@ -938,6 +944,11 @@ def step_noise(M, a):
     squared = torch.einsum("si,ij,sj->s", a, M, a)                 # (S,)
     mean = a.mean(0)                                               # (N,)
     return squared.mean(), mean @ M @ mean
+
+
+def _require_shape(name, tensor, shape):
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, not {tuple(tensor.shape)}")
 
 
 def _require_square(M):

@@ -707,6 +707,12 @@ def test_wrong_shapes_are_named():
         ntk.of_module(linear().requires_grad_(False))
     with pytest.raises(ValueError, match=r"a must be .steps, 2., not .3,."):
         ntk.step_noise(torch.ones(2, 2), torch.ones(3))
+    M, K, r = torch.ones(2, 2), torch.ones(2, 2, 3, 3), torch.ones(3, 3)
+    for call in (ntk.sign_agreement, ntk.kernel_drift, ntk.frozen_residuals, ntk.pairs_by_kind):
+        inputs = {ntk.sign_agreement: (M, r), ntk.kernel_drift: (K[:1], K),
+                  ntk.frozen_residuals: (K, r, 0.1), ntk.pairs_by_kind: (M, r, ("a", "b", "c"))}
+        with pytest.raises(ValueError, match="must have the shape"):
+            call(*inputs[call])
     with pytest.raises(ValueError, match="M of one batch is needed"):
         ntk.loss_velocity(torch.ones(2, 3))
 

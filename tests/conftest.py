@@ -1,6 +1,5 @@
 """For every test: the program's modules can be imported, one thread computes, no window opens."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional  # noqa: F401
 
-from nursery import Nursery
+from nursery import the_nursery
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 matplotlib.use("Agg")
@@ -19,12 +18,12 @@ matplotlib.use("Agg")
 torch.set_num_threads(1)
 
 # Here, where the libraries are loaded, and before anything is computed.
-NURSERY = Nursery() if hasattr(os, "fork") else None
+the_nursery()
 
 
 @pytest.fixture(scope="session")
 def nursery():
     """Starts processes that have the libraries loaded already."""
-    if NURSERY is None:
+    if the_nursery() is None:
         pytest.skip("needs the processes and signals of Linux or macOS")
-    return NURSERY
+    return the_nursery()

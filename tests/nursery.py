@@ -5,6 +5,8 @@ yet. It forks all others. A later fork of the tests' own process would not do: w
 gradients cannot be computed in a copy of a process that has computed some.
 """
 
+import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -17,6 +19,7 @@ import traceback
 def serve(connection):
     """The work of the first process: it starts others and says how they ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)                   # it ends when the tests end
+    gc.freeze()                                # no new process looks through the libraries' objects
     while True:
         try:
             request, argument = connection.recv()
@@ -68,6 +71,12 @@ class Nursery:
         """A new process that calls a function of a test module."""
         pid = self.ask("start", pickle.dumps((function, arguments)))
         return Process(self, pid)
+
+
+@functools.cache
+def the_nursery():
+    """The one of these tests, forked at the first call; None where processes cannot be forked."""
+    return Nursery() if hasattr(os, "fork") else None
 
 
 class Process:

@@ -63,9 +63,7 @@ def of_module(model, output=None):
     joined to one vector. Raises ValueError for a model whose samples have no gradient of their own.
     """
     _require_separate_samples(model)
-    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if not params:
-        raise ValueError("no parameter of the model requires a gradient: all are frozen")
+    params = {name: p.detach() for name, p in _trained(model).items()}
 
     def f(params, *one, **named):
         batch = tuple(z[None] for z in one)
@@ -198,6 +196,14 @@ def _one_tensor(v, output):
     return torch.cat([z.flatten(1) for z in values if isinstance(z, torch.Tensor)], 1)
 
 
+def _trained(model):
+    """{name: parameter} of those that require a gradient. Raises ValueError if there is none."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError("no parameter of the model requires a gradient: all are frozen")
+    return params
+
+
 def _count(inputs):
     """The number of samples N. Raises ValueError if the inputs do not agree on one."""
     sizes = set()
@@ -316,6 +322,11 @@ def fast_interaction_matrix(model, inputs, residuals, columns=None, check=True):
     """
     rows = _forward(model, inputs, residuals)
     columns = rows if columns is None else _forward(model, *columns)
+    return _matrix(model, rows, columns, check)
+
+
+def _matrix(model, rows, columns, check):
+    """(N, N2) M of one pass with itself, or with another: the sum of its shares."""
     shares = _shares(model, rows, columns)
     if check:
         _check_by_backward(shares, rows, columns)
@@ -621,12 +632,7 @@ def _rows_are_samples(layer, N):
 
 def _one_precision(model):
     """The type of all parameters that require a gradient: float32 or float64."""
-    names = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            names[p.dtype] = name
-    if not names:
-        raise ValueError("no parameter of the model requires a gradient: all are frozen")
+    names = {p.dtype: name for name, p in _trained(model).items()}
     if len(names) > 1 or not names.keys() <= {torch.float32, torch.float64}:
         listed = ", ".join(f"{name} is {dtype}" for dtype, name in names.items())
         raise ValueError(f"M needs parameters of one precision, float32 or float64, but {listed}")
@@ -652,11 +658,7 @@ def _rest(model, layers):
     covered = set()
     for layer in layers.values():
         covered.update(layer.trained.values())
-    rest = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad and p not in covered:
-            rest[name] = p
-    return rest
+    return {name: p for name, p in _trained(model).items() if p not in covered}
 
 
 def _rest_gradients(model, rest, inputs, vectors):
@@ -700,9 +702,7 @@ def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27, check=True):
     N, D = len(batch.v), batch.v[0].numel()
     if check:
         # First of all: it takes little time, and names the layer if there is something wrong.
-        shares = _shares(model, batch, batch)
-        _check_by_backward(shares, batch, batch)
-        M = sum(share.products for share in shares)                # (N, N)
+        M = _matrix(model, batch, batch, check)                    # (N, N)
     K = batch.v.new_zeros(N, D, N, D)                              # (N, D, N, D)
     for names in _groups(batch, hold):
         factors = _unit_factors(batch, names, chunk)

@@ -10,8 +10,8 @@ What can it change? A weight a_i in the loss multiplies the gradient of sample i
 The weighted loss of a step then falls at sum_ij a_i a_j M_ij, where M is the
 interaction matrix of ntk.py. A sample's own loss falls at sum_j a_j M_ij, and the
 plain mean that an evaluation sees at the mean of these: one factor a, not two
-(Eq. 21). SGA therefore acts in three ways only: which views meet in a step (tuples), at which
-noise levels (offsets), and with which weights.
+(Eq. 21). SGA therefore acts in three ways only: which views meet in a step
+(tuples), at which noise levels (offsets), and with which weights.
 
 t = 0 is data, t = 1 is noise. A granularity is an index into GRANULARITIES. There
 are V views in all, and n of them in a step. Run `python sga.py` for a picture.
@@ -400,8 +400,9 @@ def method(name, model):
 def plan(root, granularity, arm, tuples_per_step, steps, seed):
     """[(views (n,), weights (n,))]: what each step sees, on the CPU.
 
-    root and granularity (V,) describe all views. Every arm has the same number of
-    images: views only trade places, and `join` makes one large step of several.
+    root and granularity (V,) describe all views. A step has `tuples_per_step`
+    tuples. Every arm has the same number of images: views only trade places, and
+    `join` makes one large step of several.
     """
     if tuples_per_step < 1:
         raise ValueError(f"a step has 1 tuple or more, not {tuples_per_step}")

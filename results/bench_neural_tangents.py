@@ -19,25 +19,20 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Not this folder first: its tabulate.py would hide a library of that name.
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    # Not this folder first: its tabulate.py would hide a library of that name.
+    sys.path[0] = str(ROOT)
 N = 4
 
 
 # --- In our environment ---------------------------------------------------------------------------
 
 def models_and_inputs():
-    """{name: (model, inputs)}: the networks of results/bench_ntk.py, with the same random state."""
-    import torch
+    """{name: (model, inputs)}: the networks of results/bench_ntk.py, the same at each call."""
     from results import bench_ntk
 
-    torch.manual_seed(0)
-    found = {}
-    for name, (model, make) in bench_ntk.contestants("cpu").items():
-        for p in model.parameters():
-            p.data.add_(0.02 * torch.randn_like(p))
-        found[name] = (model, make(N))
-    return found
+    contestants = bench_ntk.contestants("cpu")
+    return {name: (model, make(N)) for name, (model, make) in contestants.items()}
 
 
 def as_text(value):

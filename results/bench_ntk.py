@@ -197,7 +197,9 @@ def in_turns(what, other, ours, theirs, rounds, device):
 # --- The table ------------------------------------------------------------------------------------
 
 def contestants(device):
-    """{name: (model, make)} with D = 768 outputs; make(N) gives N inputs."""
+    """{name: (model, make)} with D = 768 outputs; make(N) gives N inputs. Seeded."""
+    torch.manual_seed(0)
+
     def image(N):
         return (torch.randn(N, 3, 16, 16, device=device),)
 
@@ -207,9 +209,14 @@ def contestants(device):
         return (*image(N), t, tokens)
 
     mlp = nn.Sequential(nn.Flatten(), nn.Linear(768, 128), nn.GELU(), nn.Linear(128, 768))
-    return {"MLP": (mlp, image),
-            "DiT": (dit.DiT(WORDS, 16, 4, 64, 2), image_and_caption),
-            "U-Net": (unet.UNet(WORDS, 16, (16, 24, 32), 32), image_and_caption)}
+    found = {"MLP": (mlp, image),
+             "DiT": (dit.DiT(WORDS, 16, 4, 64, 2), image_and_caption),
+             "U-Net": (unet.UNet(WORDS, 16, (16, 24, 32), 32), image_and_caption)}
+    for model, _ in found.values():
+        for p in model.to(device).parameters():
+            # Away from the zero start.
+            p.data.add_(0.02 * torch.randn_like(p))
+    return found
 
 
 CONTESTS = {"K": contest_of_kernels, "M": contest_of_matrices}
@@ -218,7 +225,6 @@ CONTESTS = {"K": contest_of_kernels, "M": contest_of_matrices}
 def bench(rounds, names, contests):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     place = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
     print(f"{place}, torch {torch.__version__}, float32, D = 768, {rounds} rounds in turns\n")
     print("| model (parameters) | what | against | times faster (median) | seconds | theirs "
@@ -227,17 +233,12 @@ def bench(rounds, names, contests):
     for name, (model, make) in contestants(device).items():
         if name not in names:
             continue
-        for p in model.to(device).parameters():
-            # Away from the zero start.
-            p.data.add_(0.02 * torch.randn_like(p))
         size = sum(p.numel() for p in model.parameters())
-        rows = []
         for contest in contests:
-            rows += CONTESTS[contest](model, make, rounds, device)
-        for row in rows:
-            print(f"| {name} ({size:,}) | {row.what} | {row.other} | {row.ratio:.1f} "
-                  f"| {row.seconds:.3g} | {row.their_seconds:.3g} | {row.bytes / 2**20:.0f} "
-                  f"| {row.their_bytes / 2**20:.0f} |", flush=True)
+            for row in CONTESTS[contest](model, make, rounds, device):
+                print(f"| {name} ({size:,}) | {row.what} | {row.other} | {row.ratio:.1f} "
+                      f"| {row.seconds:.3g} | {row.their_seconds:.3g} | {row.bytes / 2**20:.0f} "
+                      f"| {row.their_bytes / 2**20:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,15 +55,15 @@ TWINS = {"twin_top": "import sga\n" + source_of("flow_matching"),
 
 
 @pytest.fixture(scope="module")
-def demos(tmp_path_factory, nursery):
+def demos(tmp_path_factory, processes):
     """{module or twin: (its folder, what its demo printed, its error)}, all run in one process."""
     sources = {name: source_of(name) for name in MODULES} | TWINS
     folders = {name: tmp_path_factory.mktemp(name) for name in sources}
     for name, folder in folders.items():
         (folder / f"{name}.py").write_text(sources[name], encoding="utf-8")
     results = tmp_path_factory.mktemp("results") / "results.json"
-    process = nursery.start(run_alone, list(folders.values()), results)
-    assert process.wait(300) == 0
+    process = processes.start(run_alone, list(folders.values()), results)
+    assert processes.status_of(process, 300) == 0
     found = json.loads(results.read_text(encoding="utf-8"))
     assert len(found) == len(folders)
     return {name: (folders[name], *result) for name, result in zip(folders, found)}

@@ -160,7 +160,7 @@ def one_of_two(rank, port, flags, printed):
         train.main(flags)
 
 
-def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch, nursery):
+def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch, processes):
     """The same seed and batches, with tuples of two and of three views.
 
     That torchrun itself can start the program is seen in test_train.py.
@@ -170,9 +170,9 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch, nursery
     both = []
     for rank in (0, 1):
         work = (rank, port, [*flags, "--out", str(two)], tmp_path / f"printed-{rank}")
-        both.append(nursery.start(one_of_two, *work))
+        both.append(processes.start(one_of_two, *work))
     # One that fails leaves the other waiting, until that is killed.
-    assert [process.wait() for process in both] == [0, 0]
+    assert [processes.status_of(process) for process in both] == [0, 0]
     assert (two / "report.json").exists()
     # Of the two processes the first alone speaks.
     said, more = ((tmp_path / f"printed-{rank}").read_text(encoding="utf-8") for rank in (0, 1))

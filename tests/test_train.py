@@ -209,7 +209,7 @@ def killed(arguments, moment):
         train.main(arguments)
 
 
-def test_killed_at_any_moment_and_resumed_it_ends_bit_identical(tmp_path, nursery, finished,
+def test_killed_at_any_moment_and_resumed_it_ends_bit_identical(tmp_path, processes, finished,
                                                                 without_pictures):
     folder = tmp_path / "run"
     moments = [
@@ -225,8 +225,8 @@ def test_killed_at_any_moment_and_resumed_it_ends_bit_identical(tmp_path, nurser
     ]
     resume = []
     for step, *moment in moments:
-        process = nursery.start(killed, tiny(folder, *resume), moment)
-        assert process.wait() == -signal.SIGKILL, moment
+        process = processes.start(killed, tiny(folder, *resume), moment)
+        assert processes.status_of(process) == -signal.SIGKILL, moment
         if step is None:
             # Nothing was there to resume: the same command is given again.
             assert list(contents(folder)) == ["checkpoint.pt.tmp"]
@@ -660,13 +660,13 @@ def asleep(arguments, step, awake):
         train.main(arguments)
 
 
-def test_a_second_run_in_a_folder_is_refused_and_a_kill_frees_it(tmp_path, nursery, finished,
+def test_a_second_run_in_a_folder_is_refused_and_a_kill_frees_it(tmp_path, processes, finished,
                                                                  only_training):
     folder, awake = tmp_path / "run", tmp_path / "awake"
-    first = nursery.start(asleep, tiny(folder), 5, awake)
+    first = processes.start(asleep, tiny(folder), 5, awake)
     try:
         while not awake.exists():
-            assert first.status() is None
+            assert first.is_alive()
             time.sleep(0.01)
         before = contents(folder)
         refused(tiny(folder, "--resume"), "another run is at work in", "--out")
@@ -674,7 +674,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_kill_frees_it(tmp_path, nurse
         assert contents(folder) == before
     finally:
         first.kill()
-        first.wait()
+        first.join()
     train.main(tiny(folder, "--resume"))
     assert not_as(folder, finished) == []
 
@@ -819,7 +819,7 @@ def torchrun(arguments, environment, printed):
     main(["--standalone", "--nproc_per_node=1", str(ROOT / "train.py"), *arguments])
 
 
-def test_a_hostile_environment_costs_nothing(tmp_path, nursery):
+def test_a_hostile_environment_costs_nothing(tmp_path, processes):
     """A notebook's backend that is not installed, an ASCII locale, packages of our names.
 
     torchrun starts the program, as it would on a machine with one GPU.
@@ -829,9 +829,9 @@ def test_a_hostile_environment_costs_nothing(tmp_path, nursery):
     folder, printed = tmp_path / "run", tmp_path / "printed"
     steps = ["--pretrain_steps", 1, "--finetune_steps", 1, "--eval_images", 2, "--probe", 0]
     environment = HOSTILE | {"PYTHONPATH": str(tmp_path)}
-    process = nursery.start(torchrun, tiny(folder, *steps), environment, printed)
-    said = printed.read_text(encoding="utf-8") if process.wait() else ""
-    assert process.status() == 0, said
+    process = processes.start(torchrun, tiny(folder, *steps), environment, printed)
+    status = processes.status_of(process)
+    assert status == 0, printed.read_text(encoding="utf-8")
     assert {"report.json", "samples.png", "curves.png"} <= set(contents(folder))
 
 

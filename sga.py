@@ -112,6 +112,19 @@ def _check_box(name, box, H, W):
                          f" of {W} x {H} pixels")
 
 
+def all_views(sizes, smallest=0.0):
+    """root (V,) and granularity (V,) of every view of R roots, on the device of sizes (R,).
+
+    sizes are those of the roots' objects. A root whose object is smaller than
+    `smallest` has no micro view, which would be enlarged too much.
+    """
+    roots = torch.arange(len(sizes), device=sizes.device)
+    three = torch.arange(3, device=sizes.device)
+    root, granularity = torch.cartesian_prod(roots, three).T  # (3R,), (3R,)
+    kept = (granularity < 2) | (sizes >= smallest)[root]  # (3R,)
+    return root[kept], granularity[kept]
+
+
 # --- Root tuples: Algorithm 2 ---------------------------------------------------------------------
 
 def root_tuples(root, generator):
@@ -147,6 +160,46 @@ def traded(tuples, labels, generator):
         order = torch.randperm(len(equal), generator=generator)
         place[equal] = equal[order]
     return [place[one] for one in tuples]
+
+
+def in_conflict(tuples, products):
+    """[(K_g,)] an epoch's tuples, in which views trade places so that those in conflict meet.
+
+    products (V, V) are the inner products of the views' gradients, M of Eq. 12.
+    Of all pairs of views whose trade lowers the sum of products within tuples,
+    the best trades first, until there is none. The step is then quieter: its
+    expected gradient is unchanged, and its E|ghat|^2 is smaller (Eq. 23).
+    """
+    view = torch.cat(tuples)                            # (n,)
+    if products.shape != (len(products),) * 2 or not view.max() < len(products):
+        raise ValueError(f"products must be (V, V) for V views, not {tuple(products.shape)}")
+    sizes = torch.tensor([len(one) for one in tuples])  # (T,)
+    tuple_of = torch.arange(len(sizes)).repeat_interleave(sizes)  # (n,)
+    member = torch.nn.functional.one_hot(tuple_of).to(products)  # (n, T)
+    products = (products + products.T) / 2              # (V, V)
+    # Rounding must not let two views trade for ever.
+    least = 1e-6 * products.abs().max()
+    while True:
+        M = products[view][:, view]                     # (n, n)
+        # What a place's view has in common with each tuple, itself left out.
+        common = M @ member - M.diagonal()[:, None] * member  # (n, T)
+        at_home = common[:, tuple_of]                   # (n, n) place i with the tuple of j
+        now = (common * member).sum(1)                  # (n,)
+        change = at_home + at_home.T - 2 * M - now[:, None] - now  # (n, n)
+        change[tuple_of[:, None] == tuple_of] = 0.0
+        best = change.argmin()
+        if not change.flatten()[best] < -least:
+            return list(view.split(sizes.tolist()))
+        two = torch.stack([best // len(view), best % len(view)])  # (2,)
+        view[two] = view[two.flip(0)]
+
+
+def _places_in_conflict(root, products):
+    """(V,) the view that takes the place of each view, so that root tuples become in_conflict."""
+    tuples = root_tuples(root, torch.Generator().manual_seed(0))
+    place = torch.arange(len(root))                     # (V,)
+    place[torch.cat(tuples)] = torch.cat(in_conflict(tuples, products))
+    return place
 
 
 def _labels(labels, name):
@@ -338,7 +391,7 @@ class Arm(NamedTuple):
     """One way to fine-tune. As it stands, the baseline: all views shuffled, all treated alike."""
 
     # Who meets in a tuple: the views of one "root", one view of each
-    # "granularity" of any roots, or "any" views.
+    # "granularity" of any roots, views in "conflict", or "any" views.
     meet: str = "any"
     # The weights in a step of n views: 1/n ("step"), or "root" or "view" of
     # tuple_weights.
@@ -347,8 +400,8 @@ class Arm(NamedTuple):
     # to random views of the step instead.
     offsets: tuple = (0.0, 0.0, 0.0)
     mixed: bool = False
-    # Weights by noise level and granularity (Eq. 20).
-    min_snr: bool = False
+    # Weights by noise level and granularity, in this form of Eq. 20.
+    min_snr: str = ""
     # Offsets from measured_offsets, anew at every row of the log.
     measured: bool = False
     # Whole scenes in place of all views.
@@ -372,9 +425,12 @@ ARMS = {
     "offsets": Arm(offsets=OFFSETS),
     "flipped": Arm(offsets=(-0.5, 0.0, 0.5)),
     "global": Arm(offsets=OFFSETS, mixed=True),
-    "min_snr": Arm(min_snr=True),
-    # Beyond the paper. "lean" is the control of "measured": about its mean
-    # offset, alike for every granularity.
+    "min_snr": Arm(min_snr="epsilon"),
+    "min_snr_velocity": Arm(min_snr="velocity"),
+    # Beyond the paper. In "quiet" views in conflict meet. "measured" reads its
+    # offsets from the interaction matrix, and "lean" is its control: about the
+    # same mean offset, alike for every granularity.
+    "quiet": Arm(meet="conflict"),
     "measured": Arm(measured=True),
     "lean": Arm(offsets=(-0.25, -0.25, -0.25)),
     # The method: root tuples, and the scale that suits the network, which
@@ -393,16 +449,18 @@ def method(name, model):
     if name == "sga" and model == "dit":
         return arm._replace(offsets=OFFSETS)
     if name == "sga":
-        return arm._replace(min_snr=True)
+        return arm._replace(min_snr="epsilon")
     return arm
 
 
-def plan(root, granularity, arm, tuples_per_step, steps, seed):
+def plan(root, granularity, arm, tuples_per_step, steps, seed, products=None):
     """[(views (n,), weights (n,))]: what each step sees, on the CPU.
 
     root and granularity (V,) describe all views. A step has `tuples_per_step`
     tuples. Every arm has the same number of images: views only trade places, and
-    `join` makes one large step of several.
+    `join` makes one large step of several. An arm whose tuples are chosen by
+    conflict is planned twice: like the baseline, until the products (V, V) of
+    in_conflict are known.
     """
     if tuples_per_step < 1:
         raise ValueError(f"a step has 1 tuple or more, not {tuples_per_step}")
@@ -411,13 +469,19 @@ def plan(root, granularity, arm, tuples_per_step, steps, seed):
     generator = torch.Generator().manual_seed(seed)
     trader = torch.Generator().manual_seed(seed + 1)
     labels = granularity if arm.meet == "granularity" else torch.zeros_like(root)
+    if arm.meet == "conflict" and products is not None:
+        place = _places_in_conflict(root, products)     # (V,)
     planned = []
     # The tuples of the epoch that no step has seen yet.
     waiting = []
     while len(planned) < steps:
         while len(waiting) < tuples_per_step:
             epoch = root_tuples(root, generator)
-            waiting += epoch if arm.meet == "root" else traded(epoch, labels, trader)
+            if arm.meet == "conflict" and products is not None:
+                epoch = [place[one] for one in epoch]
+            elif arm.meet != "root":
+                epoch = traded(epoch, labels, trader)
+            waiting += epoch
         met, waiting = waiting[:tuples_per_step], waiting[tuples_per_step:]
         views = torch.cat(met)                          # (n,)
         if arm.weigh == "step":

@@ -28,11 +28,11 @@ import flow_matching as fm
 import sga
 import toy_data
 from dit import DiT
-from support import book, machine, pictures, report
+from support import adapters, book, machine, pictures, report
 from support.book import option, stop
 from unet import UNet
 
-FORMAT = "quadratic geometry of flow matching 3"
+FORMAT = "quadratic geometry of flow matching 4"
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -61,7 +61,9 @@ class Settings:
     # The training.
     arm: str = option("sga", "how to fine-tune: the method (sga), its ingredients, or a control",
                       choices=tuple(sga.ARMS))
-    pretrain_steps: int = option(10000, "optimizer steps on whole scenes of the base domain", 1)
+    pretrain_views: str = option("all", "of the pretraining: whole scenes alone (macro), or all "
+                                 "granularities, half of them macro", choices=("macro", "all"))
+    pretrain_steps: int = option(10000, "optimizer steps on the base domain", 1)
     finetune_steps: int = option(600, "optimizer steps on views of the target domain (the arm big "
                                  "takes a third, with thrice the views)", 0)
     batch: int = option(16, "images in a step of the pretraining", 1)
@@ -69,6 +71,8 @@ class Settings:
     chunk: int = option(0, "most views in one backward pass, to save memory; 0: all of a step", 0)
     lr: float = option(3e-3, "peak learning rate of the pretraining", 0.0, 1.0)
     finetune_lr: float = option(1e-3, "peak learning rate of the fine-tuning", 0.0, 1.0)
+    rank: int = option(0, "of the adapters that the fine-tuning trains in place of all weights; "
+                       "0: all weights", 0, 4096)
     warmup: int = option(100, "steps in which the learning rate rises", 1)
     weight_decay: float = option(0.0, "of AdamW", 0.0, 1.0)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12)
@@ -102,19 +106,23 @@ PRESETS = {("cpu", "dit"): {},
            ("tiny", "dit"): TINY, ("tiny", "unet"): TINY}
 
 
-def build(s):
-    """The network of the settings, with weights that depend on nothing but its seed."""
+def build(s, step=0):
+    """The network as a step of the run has it. Its first weights depend on the seed alone."""
     if s.device == "cuda" and not torch.cuda.is_available():
         stop("--device cuda was asked for, but torch finds no CUDA device here")
     torch.manual_seed(s.seed)
     words = len(toy_data.WORDS)
     try:
         if s.model == "dit":
-            return DiT(words, s.pixels, s.patch, s.width, s.depth).to(s.device)
-        channels = (s.width // 3, 2 * s.width // 3, s.width)
-        return UNet(words, s.pixels, channels, s.width).to(s.device)
+            model = DiT(words, s.pixels, s.patch, s.width, s.depth)
+        else:
+            channels = (s.width // 3, 2 * s.width // 3, s.width)
+            model = UNet(words, s.pixels, channels, s.width)
     except ValueError as error:
         stop(error)
+    if step > s.pretrain_steps:
+        adapters.add(model, s)
+    return model.to(s.device)
 
 
 # --- The method -----------------------------------------------------------------------------------
@@ -129,13 +137,17 @@ def phase_of(s, step):
 def draw_batch(run, step):
     """Images x0, noise e, noise levels t, tokens and loss weights a of one step, n samples each.
 
-    Pretraining samples new whole scenes. Fine-tuning takes the views that the arm's plan names.
+    Pretraining samples new scenes. Fine-tuning takes the views that the arm's plan names.
     """
     s, generator = run.settings, run.generator
     phase, number = phase_of(s, step)
     if phase == "pretrain":
         scenes = toy_data.sample_scenes(s.batch, generator, "base", "seen", s.objects)
         granularity = torch.zeros_like(scenes.background)          # (n,)  all are macro
+        if s.pretrain_views == "all":
+            # Of 0, 1, 2, 3 the last becomes macro too: whole scenes are the hardest to draw.
+            four = torch.randint(4, (s.batch,), generator=generator, device=s.device)
+            granularity = four % 3                                 # (n,)
         a = torch.full((s.batch,), 1 / s.batch, device=s.device)   # (n,)
     else:
         chosen, a = run.plan[number - 1]                           # (n,), (n,)
@@ -155,7 +167,7 @@ def draw_batch(run, step):
     t = sga.offset_time(whose, generator, run.offsets, s.time_mean, s.time_std, s.time_shift)
     e = torch.randn(x0.shape, generator=generator, device=s.device)
     if run.arm.min_snr and phase == "finetune":
-        a = a * sga.min_snr_weight(t, granularity)                 # (n,)
+        a = a * sga.min_snr_weight(t, granularity, form=run.arm.min_snr)  # (n,)
     return x0, e, t, tokens, a
 
 
@@ -173,9 +185,9 @@ def learning_rate(run, step):
 class Run:
     """What training changes and a checkpoint holds. Steps count on through both phases."""
 
-    def __init__(self, s):
+    def __init__(self, s, step=0):
         self.settings, self.arm = s, sga.method(s.arm, s.model)
-        self.model = build(s)
+        self.model = build(s, step)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.new_optimizer()
         self.generator = machine.seeded(s, 0)
@@ -184,22 +196,25 @@ class Run:
         self.log, self.probe = [], []
         self.loss = torch.full((), math.nan, dtype=torch.float64, device=s.device)
         self.finite = report.Finite(s.device)
+        self.products = None                   # of the views' gradients, for the arm quiet
+        self.choose_the_views()
         self.plan_the_finetuning()
         self.last = s.pretrain_steps + len(self.plan)
         self.use(self.model)
 
-    def plan_the_finetuning(self):
-        """The roots, their views (a root at a granularity), and which views each step sees."""
+    def choose_the_views(self):
+        """The roots, and their views: each is a root at a granularity."""
         s = self.settings
         self.roots = toy_data.sample_scenes(s.roots, machine.seeded(s, 1), "target", "seen",
                                             s.objects)
-        root, granularity = torch.cartesian_prod(torch.arange(s.roots), torch.arange(3)).T
-        large = self.roots.nuisance[:, 2].cpu() >= s.smallest_object
-        kept = (granularity < 2) | large[root]
-        root, granularity = root[kept], granularity[kept]
-        steps = sga.plan(root, granularity, self.arm, s.tuples, s.finetune_steps, 10 * s.seed + 1)
+        self.root, self.granularity = sga.all_views(self.roots.nuisance[:, 2], s.smallest_object)
+
+    def plan_the_finetuning(self):
+        """Which views each step sees, and with which weights."""
+        s = self.settings
+        steps = sga.plan(self.root.cpu(), self.granularity.cpu(), self.arm, s.tuples,
+                         s.finetune_steps, 10 * s.seed + 1, self.products)
         self.plan = [(views.to(s.device), a.to(s.device)) for views, a in steps]
-        self.root, self.granularity = root.to(s.device), granularity.to(s.device)
 
     def use(self, network):
         """Trains through this network, which holds the weights of self.model."""
@@ -208,14 +223,21 @@ class Run:
 
     def new_optimizer(self):
         s = self.settings
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), s.lr, (0.9, 0.99),
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, s.lr, (0.9, 0.99),
                                            weight_decay=s.weight_decay, fused=True)
 
     def begin_finetuning(self):
         """From the averaged weights, with a new optimizer. Doing it twice changes nothing."""
         self.model.load_state_dict(self.ema.state_dict())
+        if self.settings.rank:
+            adapters.add(self.model, self.settings)
+            self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.new_optimizer()
         self.offsets = self.arm.offsets
+        if self.arm.meet == "conflict":
+            self.products = report.products_of_views(self)
+            self.plan_the_finetuning()
 
     def train_step(self):
         """One optimizer step; returns the norm of the gradient before clipping."""
@@ -240,46 +262,23 @@ class Run:
             group["lr"] = learning_rate(self, self.step)
         self.optimizer.step()
 
-        self.average_the_weights()
+        # The mean forgets a phase's first weights soon.
+        _, number = phase_of(s, self.step)
+        machine.average(self.ema, self.model, decay=min(s.ema, number / (number + 10)))
         self.loss = torch.where(self.loss.isnan(), loss, 0.98 * self.loss + 0.02 * loss)
         self.finite.watch(self.step, t, a, loss, norm)
         return norm
-
-    def average_the_weights(self):
-        """The exponential mean of the weights; a phase's first weights do not stay in it."""
-        _, number = phase_of(self.settings, self.step)
-        decay = min(self.settings.ema, number / (number + 10))
-        weights = [weight.detach() for weight in self.model.parameters()]
-        torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - decay)
-
-    def images(self, step):
-        """How many images the run has seen after a step."""
-        s = self.settings
-        planned = self.plan[:max(step - s.pretrain_steps, 0)]
-        return min(step, s.pretrain_steps) * s.batch + sum(len(views) for views, _ in planned)
 
     def row_is_due(self):
         """Whether this step has a row of the log: every few, and the last one of each phase."""
         s = self.settings
         return self.step % s.every == 0 or self.step in (s.pretrain_steps, self.last)
 
-    PLAIN = ("step", "seconds", "offsets", "log", "probe")
-    STATES = ("model", "ema", "optimizer")
-
     def save(self, file):
-        content = {"format": FORMAT, "settings": dataclasses.asdict(self.settings)}
-        content |= {name: getattr(self, name) for name in self.PLAIN}
-        content |= {name: getattr(self, name).state_dict() for name in self.STATES}
-        content |= {"loss": self.loss.item(), "generator": self.generator.get_state()}
-        book.save(file, content)
+        book.save_run(self, file, FORMAT)
 
     def restore(self, content):
-        for name in self.PLAIN:
-            setattr(self, name, content[name])
-        for name in self.STATES:
-            getattr(self, name).load_state_dict(content[name])
-        self.loss.fill_(content["loss"])
-        self.generator.set_state(content["generator"])
+        book.restore_run(self, content)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -295,6 +294,8 @@ def train(run, folder):
         while run.step < run.last:
             if run.step == s.pretrain_steps:
                 run.begin_finetuning()
+                if s.rank:                     # the network has other weights to train now
+                    run.use(machine.compiled(machine.together(run.model), s))
             if run.arm.measured and run.step >= s.pretrain_steps and run.row_is_due():
                 run.offsets = report.measured_offsets(run)
             norm = run.train_step()
@@ -339,7 +340,7 @@ def resumed_run(asked, folder):
     for name, value in asked.items():
         if getattr(s, name) != value:
             stop(f"the run in {folder} has --{name} {getattr(s, name)}, not {value}")
-    run = Run(s)
+    run = Run(s, content["step"])
     run.restore(content)
     return run
 
@@ -363,7 +364,7 @@ def main_train(arguments):
         # A kill may have come between the last checkpoint and its rows: no later row mends that.
         book.write_rows(run.log, run.probe, report.COLUMNS, folder)
         file = os.path.join(folder, "pretrained.pt")
-        pretrained = book.load_weights(file, copy.deepcopy(run.ema), run.settings, FORMAT)
+        pretrained = book.load_weights(file, build(run.settings), run.settings, FORMAT)
         report.report(run, pretrained, folder)
 
 
@@ -374,10 +375,10 @@ def main_sample(arguments):
     except ValueError as error:
         stop(error)
     machine.full_precision()
-    s, _ = book.load(checkpoint, Settings, FORMAT)
+    s, content = book.load(checkpoint, Settings, FORMAT)
     s = dataclasses.replace(s, **changes)
     report.say_what_was_never_trained(captions, s)
-    model = book.load_weights(checkpoint, build(s), s, FORMAT)
+    model = book.load_weights(checkpoint, build(s, content["step"]), s, FORMAT)
     tokens = tokens.repeat_interleave(4, 0).to(s.device)
     images = report.sample_images(model, tokens, s, machine.seeded(s, 0)).unflatten(0, (-1, 4))
     pictures.draw_captions(captions, images, picture)

@@ -94,7 +94,8 @@ def race(s, goal, limit, captions):
             evaluating += clock(s) - before
     return {"reached": reached, "seconds": clock(s) - start,
             "until the first step": first_step, "evaluating": evaluating,
-            "images": run.images(run.step), "joint accuracy": found, "ceiling": ceiling}
+            "images": report.images_until(run, run.step), "joint accuracy": found,
+            "ceiling": ceiling}
 
 
 def joint(images, scenes):

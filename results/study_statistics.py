@@ -13,7 +13,9 @@ import torch
 import sga
 
 ROWS = Path(__file__).parent / "study.jsonl"
-ARMS = [*sga.ARMS, "sga-short"]
+# Arms that came after this study.
+LATER = ("quiet", "min_snr_velocity")
+ARMS = [arm for arm in sga.ARMS if arm not in LATER] + ["sga-short"]
 MODELS = {"dit": "DiT", "unet": "U-Net"}
 VIEWS = sga.GRANULARITIES
 THIRDS = ("data", "middle", "noise")

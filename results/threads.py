@@ -39,6 +39,7 @@ def measure_speeds(seconds):
     sys.path[0] = str(ROOT)
     import torch  # noqa: F401  loads OpenMP before our own default (support/__init__.py) is set
     import train
+    from support import report
     run = train.Run(train.Settings(device="cpu"))
     for _ in range(3):                             # the first steps fill caches
         run.train_step()
@@ -47,14 +48,14 @@ def measure_speeds(seconds):
     for number in BUSY:
         busy = [subprocess.Popen([sys.executable, "-c", LOOP]) for _ in range(number)]
         time.sleep(0.5)                            # until they have begun
-        before, start = run.images(run.step), time.perf_counter()
+        before, start = report.images_until(run, run.step), time.perf_counter()
         while time.perf_counter() < start + seconds:
             run.train_step()
         elapsed = time.perf_counter() - start
         for process in busy:
             process.kill()
             process.wait()
-        speeds.append((run.images(run.step) - before) / elapsed)
+        speeds.append((report.images_until(run, run.step) - before) / elapsed)
     return speeds
 
 

@@ -178,6 +178,31 @@ def save(file, content):
     replace(file, memory.getvalue())
 
 
+PLAIN = ("step", "seconds", "offsets", "products", "log", "probe")
+STATES = ("model", "ema", "optimizer")
+
+
+def save_run(run, file, form):
+    """The checkpoint of a run: all that training changes."""
+    content = {"format": form, "settings": dataclasses.asdict(run.settings)}
+    content |= {name: getattr(run, name) for name in PLAIN}
+    content |= {name: getattr(run, name).state_dict() for name in STATES}
+    content |= {"loss": run.loss.item(), "generator": run.generator.get_state()}
+    save(file, content)
+
+
+def restore_run(run, content):
+    """Puts what a checkpoint holds into a run that was built for its settings and its step."""
+    for name in PLAIN:
+        setattr(run, name, content[name])
+    for name in STATES:
+        getattr(run, name).load_state_dict(content[name])
+    run.loss.fill_(content["loss"])
+    run.generator.set_state(content["generator"])
+    if run.products is not None:
+        run.plan_the_finetuning()
+
+
 def load(file, Settings, form):
     """(settings, content) of a checkpoint of this form. Stops if it is missing or damaged."""
     try:
@@ -208,7 +233,8 @@ def load_weights(file, model, s, form):
     try:
         model.load_state_dict(content["ema"])
     except RuntimeError:
-        stop(f"the weights in {file} do not fit this network: another vocabulary or version")
+        stop(f"the weights in {file} do not fit this network: another vocabulary or version, "
+             "or it is fine-tuned with adapters (--rank)")
     return model
 
 

@@ -97,6 +97,15 @@ def in_chunks(x0, e, t, tokens, a, size):
     return chunks
 
 
+# --- Averaged weights -----------------------------------------------------------------------------
+
+@torch.no_grad()
+def average(ema, model, decay):
+    """Moves ema, the exponential mean of the weights, by a share 1 - decay towards the model's."""
+    weights = list(model.parameters())
+    torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
+
+
 # --- Interrupts -----------------------------------------------------------------------------------
 
 @contextlib.contextmanager

@@ -23,6 +23,11 @@ COLUMNS = ["step", "phase", "images", "lr", "loss", "grad_norm", "images_per_s"]
 COLUMNS += [f"val_{measure}_{view}" for measure in MEASURES for view in VIEWS]
 
 
+def pretraining_views(s):
+    """The granularities that the pretraining draws."""
+    return VIEWS if s.pretrain_views == "all" else ("macro",)
+
+
 # --- Validation: fixed images, every noise level, the exact velocity ------------------------------
 
 def test_scenes(s, roots, domain, split, stream):
@@ -175,6 +180,27 @@ def measured_offsets(run):
     return tuple(sga.measured_offsets(M, granularity, t).tolist())
 
 
+@torch.no_grad()
+def products_of_views(run, repeats=4):
+    """(V, V) the inner products of the views' mean gradients, for the arm `quiet`.
+
+    Each view is seen in `repeats` samples, at noise levels of the baseline: N = V repeats in all.
+    For two views the mean over pairs of samples estimates the product of their expected gradients.
+    """
+    s, generator = run.settings, machine.seeded(run.settings, 3)
+    V = len(run.root)
+    view = torch.arange(V, device=s.device).repeat_interleave(repeats)     # (N,)
+    granularity = run.granularity[view]
+    x0, tokens = toy_data.views(run.roots.take(run.root[view]), granularity, s.pixels)
+    t = sga.offset_time(granularity, generator, (0.0, 0.0, 0.0), s.time_mean, s.time_std,
+                        s.time_shift)
+    e = torch.randn(x0.shape, generator=generator, device=s.device)
+    inputs = (fm.path(x0, e, t), t, tokens)
+    r = residuals_of(run.model, inputs, fm.target(x0, e))
+    M = ntk.fast_interaction_matrix(run.model, inputs, r)          # (N, N)
+    return M.view(V, repeats, V, repeats).mean((1, 3)).cpu()
+
+
 # --- What must stay finite ------------------------------------------------------------------------
 
 class Finite:
@@ -202,17 +228,27 @@ class Finite:
             book.stop(f"{what} of step {step} is not finite{self.ADVICE.get(what, '')}")
 
 
+# --- How far a run is -----------------------------------------------------------------------------
+
+def images_until(run, step):
+    """How many images the run has seen after a step."""
+    s = run.settings
+    planned = run.plan[:max(step - s.pretrain_steps, 0)]
+    return min(step, s.pretrain_steps) * s.batch + sum(len(views) for views, _ in planned)
+
+
 # --- What a run says at its start -----------------------------------------------------------------
 
 def announce(run, folder):
     """The network and the folder, what the fine-tuning will be, and what will be a guess."""
     s = run.settings
     size = sum(weight.numel() for weight in run.model.parameters())
-    images = run.images(run.last) - run.images(s.pretrain_steps)
+    images = sum(len(views) for views, _ in run.plan)
     print(f"{s.model} with {size:,} parameters on {s.device}, {s.pixels} px, from step {run.step}: "
           f"{folder}")
-    print(f"fine-tuning: arm {s.arm}, {len(run.plan)} optimizer steps, {images:,} images in all",
-          flush=True)
+    trained = f"adapters of rank {s.rank}" if s.rank else "all weights"
+    print(f"fine-tuning: arm {s.arm}, {trained}, {len(run.plan)} optimizer steps, "
+          f"{images:,} images in all", flush=True)
     say_what_was_never_trained([], s)
 
 
@@ -223,7 +259,9 @@ class Recorder:
 
     def __init__(self, run):
         s, roots = run.settings, run.roots
-        self.held = {("pretrain", "macro"): validation_set(s, roots, "base", "seen", "macro")}
+        self.held = {}
+        for view in pretraining_views(s):
+            self.held["pretrain", view] = validation_set(s, roots, "base", "seen", view)
         for view in VIEWS:
             self.held["finetune", view] = validation_set(s, roots, "target", "seen", view)
         self.probing = probe_batch(s, roots, s.probe) if s.probe else None
@@ -232,7 +270,7 @@ class Recorder:
         self.start_the_clock(run)
 
     def start_the_clock(self, run):
-        self.clock, self.images = time.time(), run.images(run.step)
+        self.clock, self.images = time.time(), images_until(run, run.step)
 
     def add_probe(self, run):
         row = {"step": run.step, "offsets": run.offsets}
@@ -242,7 +280,7 @@ class Recorder:
         """The row of the step that was just made; norm is that of its gradient."""
         seconds = time.time() - self.clock
         run.seconds += seconds
-        images = run.images(run.step)
+        images = images_until(run, run.step)
         speed = (images - self.images) / seconds
         row = {"step": run.step, "phase": phase, "images": images,
                "lr": run.optimizer.param_groups[0]["lr"], "loss": run.loss.item(),
@@ -255,7 +293,7 @@ class Recorder:
         if self.probing:
             self.add_probe(run)
 
-        left = int((run.images(run.last) - images) / speed)
+        left = int((images_until(run, run.last) - images) / speed)
         print(f"{phase} step {run.step}/{run.last}  loss {row['loss']:.4f}  {speed:.0f} images/s  "
               f"{left // 60}:{left % 60:02} left", flush=True)
         self.start_the_clock(run)
@@ -286,7 +324,9 @@ def device_name(s):
 def report(run, pretrained, folder):
     """Evaluates the pretrained and the fine-tuned model: a table, report.json, and the pictures."""
     s = run.settings
-    tasks = [("pretrained", pretrained, "base", split, "macro") for split in ("seen", "held_out")]
+    tasks = []
+    for split in ("seen", "held_out"):
+        tasks += [("pretrained", pretrained, "base", split, view) for view in pretraining_views(s)]
     for split in ("seen", "held_out"):
         tasks += [("fine-tuned", run.ema, "target", split, view) for view in VIEWS]
     rows = []

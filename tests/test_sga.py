@@ -109,7 +109,7 @@ def test_bad_images_and_sizes_are_named():
 ROOT = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 4])
 GRANULARITY = torch.tensor([0, 1, 2, 0, 0, 2, 0, 1, 2, 0])
 ALL_ALIKE = torch.zeros(10, dtype=torch.long)
-LABELS = {"root": None, "granularity": GRANULARITY, "any": ALL_ALIKE}
+LABELS = {"root": None, "granularity": GRANULARITY, "any": ALL_ALIKE, "conflict": ALL_ALIKE}
 
 
 def epochs(labels, seed=0, count=40):
@@ -666,6 +666,72 @@ def test_the_arm_big_is_three_steps_in_one_and_whole_shows_whole_scenes():
         assert torch.equal(ROOT[whole], ROOT[views])
         assert torch.equal(a, b)
         assert GRANULARITY[whole].max() == 0
+
+
+def products_within(tuples, products):
+    """The sum of the products of two different views that meet."""
+    total = 0.0
+    for one in tuples:
+        for i, j in itertools.permutations(one.tolist(), 2):
+            total += products[i, j].item()
+    return total
+
+
+def test_no_trade_of_two_views_makes_the_tuples_in_conflict_quieter():
+    """Eq. 23: by trying every trade."""
+    G = rand(10, 6)
+    products, tuples = G @ G.T, sga.root_tuples(ROOT, seeded(0))
+    met = sga.in_conflict(tuples, products)
+    assert [len(one) for one in met] == [len(one) for one in tuples]
+    assert sorted(torch.cat(met).tolist()) == list(range(10))
+    least = products_within(met, products)
+    assert least < products_within(tuples, products)
+
+    def smallest_after_a_trade(tuples):
+        views, sizes, found = torch.cat(tuples), [len(one) for one in tuples], []
+        for i, j in itertools.combinations(range(10), 2):
+            traded = views.clone()
+            traded[i], traded[j] = views[j], views[i]
+            found.append(products_within(traded.split(sizes), products))
+        return min(found)
+
+    assert smallest_after_a_trade(met) >= least - 1e-9
+    assert smallest_after_a_trade(tuples) < products_within(tuples, products)  # twin
+
+
+def test_views_that_undo_each_other_meet():
+    # The views 0 and 9 pull in opposite directions, and so do 1 and 8, 2 and 7, ...
+    products = torch.eye(10).double() - torch.eye(10).double().flip(0)
+    pairs = list(torch.arange(10).split(2))
+    met = sga.in_conflict(pairs, products)
+    assert sorted(sorted(one.tolist()) for one in met) == [[k, 9 - k] for k in range(5)]
+
+
+def test_the_quiet_arm_shows_every_view_equally_often_and_makes_less_noise():
+    """Eq. 23: the same expected gradient as the baseline's, and a smaller expected square."""
+    G = rand(10, 6)
+    M = G @ G.T
+
+    def noise(products):
+        """Of the steps of one tuple each, in 40 epochs."""
+        steps = sga.plan(ROOT, GRANULARITY, sga.ARMS["quiet"], 1, 200, 4, products)
+        a = torch.zeros(200, 10).double()
+        for k, (views, weights) in enumerate(steps):
+            a[k, views] = weights.double() * len(views)                # every view weighs the same
+        return a.mean(0), ntk.step_noise(M, a)
+
+    usual, (square, mean) = noise(None)
+    quiet, (quiet_square, quiet_mean) = noise(M)
+    assert near(quiet, usual, FLOAT32) and near(quiet_mean, mean, FLOAT32)
+    assert quiet_square < square
+    with pytest.raises(ValueError, match=r"products must be \(V, V\) for V views"):
+        noise(M[:5, :5])
+
+
+def test_a_view_is_a_root_at_a_granularity_and_small_objects_have_no_micro_view():
+    root, granularity = sga.all_views(torch.tensor([0.3, 0.1]), 0.2)
+    assert root.tolist() == [0, 0, 0, 1, 1] and granularity.tolist() == [0, 1, 2, 0, 1]
+    assert len(sga.all_views(torch.tensor([0.3, 0.1]))[0]) == 6
 
 
 def test_a_root_without_a_whole_scene_has_none_to_show():

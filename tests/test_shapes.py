@@ -447,6 +447,12 @@ def run_sga(watch, sga):
         sga.decompose(rand(3, 32, 32), {"meso": (0, 0, 16, 16)}, "caption", 16)
     with watch.given(sga.root_tuples, sga.traded, V=15):
         sga.traded(sga.root_tuples(root, generator), granularity, generator)
+    with watch.given(sga.all_views, R=5, V=15):
+        sga.all_views(torch.ones(5))
+    with watch.given(sga.in_conflict, n=15, T=5, V=15):
+        sga.in_conflict(sga.root_tuples(root, generator), rand(15, 15))
+    with watch.given(sga.plan, sga._places_in_conflict, n=6, V=15):
+        sga.plan(root, granularity, sga.ARMS["quiet"], 2, 4, 0, rand(15, 15))
     with watch.given(sga.plan, sga.whole_scenes, R=5, n=6):
         for name in ("sga", "whole", "baseline"):
             sga.plan(root, granularity, sga.ARMS[name], 2, 4, 0)
@@ -510,6 +516,8 @@ def run_train(watch, train):
         report.validation_set(s, run.roots, "target", "seen", "meso")
     with watch.given(report.probe_batch, report.probe_row, N=18, H=8, W=8):
         report.probe_row(run.model, report.probe_batch(s, run.roots, 2), [])
+    with watch.given(report.products_of_views, N=48):
+        report.products_of_views(run)
 
 
 CALLS = {"toy_data": run_toy_data, "flow_matching": run_flow_matching, "ntk": run_ntk,

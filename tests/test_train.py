@@ -882,7 +882,7 @@ def test_the_report_holds_what_it_promises(finished):
         assert row["loss"] == pytest.approx(row["error"] + row["floor"], rel=0.05)
     views = ("macro", "meso", "micro")
     splits = ("seen", "held_out")
-    expected = [("pretrained", "base", split, "macro") for split in splits]
+    expected = [("pretrained", "base", split, view) for split in splits for view in views]
     expected += [("fine-tuned", "target", split, view) for split in splits for view in views]
     assert places == expected
 
@@ -894,12 +894,10 @@ def test_the_log_has_a_row_every_few_steps_and_the_columns_of_its_phase(finished
     assert [int(row["step"]) for row in log] == [4, 6, 8, 10]
     assert [row["phase"] for row in log] == ["pretrain", "pretrain", "finetune", "finetune"]
     for row in log:
-        finetuning = row["phase"] == "finetune"
         assert float(row["loss"]) > 0 and float(row["grad_norm"]) > 0 and float(row["lr"]) > 0
         for measure in ("loss", "error", "floor"):
-            assert float(row[f"val_{measure}_macro"]) > 0
-            for view in ("meso", "micro"):
-                assert (row[f"val_{measure}_{view}"] != "") == finetuning
+            for view in ("macro", "meso", "micro"):
+                assert float(row[f"val_{measure}_{view}"]) > 0
     # Four images in a step of the pretraining, two tuples of three views after it.
     assert [int(row["images"]) for row in log] == [16, 24, 36, 48]
 
@@ -1170,13 +1168,22 @@ def test_fine_tuning_sees_only_the_roots_at_three_granularities():
 
 
 def test_pretraining_sees_new_whole_scenes_in_every_step():
-    run = train.Run(settings(caption_dropout=0.0, batch=50))
+    run = train.Run(settings(caption_dropout=0.0, batch=50, pretrain_views="macro"))
     first, second = train.draw_batch(run, 1), train.draw_batch(run, 2)
     assert not torch.equal(first[0], second[0])
     macro = toy_data.WORDS.index("macro")
     _, _, _, tokens, a = first
     assert (tokens[:, 0] == macro).all()
     assert (a == 1 / 50).all()
+
+
+def test_half_of_the_views_of_a_pretraining_on_all_views_are_macro():
+    run = train.Run(settings(caption_dropout=0.0, batch=4000))
+    first_words = train.draw_batch(run, 1)[3][:, 0]
+    for view, expected in (("macro", 1 / 2), ("meso", 1 / 4), ("micro", 1 / 4)):
+        found = (first_words == toy_data.WORDS.index(view)).double().mean().item()
+        # Five standard deviations of a share of 4000.
+        assert found == pytest.approx(expected, abs=5 * (expected * (1 - expected) / 4000)**0.5)
 
 
 def test_captions_are_dropped_sample_by_sample():
@@ -1213,8 +1220,8 @@ def test_every_arm_has_the_images_and_the_steps_of_the_baseline(arm, baseline):
     sizes = sizes_of(run)
     assert len(set(sizes)) > 1                                     # tuples of two and three views
     assert sizes == sizes_of(baseline[0]) != sizes_of(baseline[1])
-    pretraining = run.images(run.settings.pretrain_steps)
-    assert run.images(run.last) - pretraining == sum(sizes)
+    pretraining = report.images_until(run, run.settings.pretrain_steps)
+    assert report.images_until(run, run.last) - pretraining == sum(sizes)
     for views, a in run.plan:
         assert len(views) == len(a)
         if arm == "tuple_max":
@@ -1228,7 +1235,7 @@ def test_every_arm_has_the_images_and_the_steps_of_the_baseline(arm, baseline):
 def test_the_big_arm_has_the_images_of_the_baseline_in_a_third_of_the_steps(baseline):
     big, small = planned("big"), baseline[0]
     assert (len(big.plan), len(small.plan)) == (10, 30)
-    assert big.images(big.last) == small.images(small.last)
+    assert report.images_until(big, big.last) == report.images_until(small, small.last)
     views = [torch.cat([views for views, _ in run.plan]) for run in (big, small)]
     assert torch.equal(*views)
     assert all(a.sum().item() == pytest.approx(1) for _, a in big.plan)

@@ -1,0 +1,208 @@
+"""The second study: when does SGA help? Four regimes, both networks, several seeds.
+
+    python results/regimes.py                   # all of it, two runs at once; it goes on where it
+    python results/regimes.py --regimes paper   # was stopped. Fewer: --models, --arms, --seeds
+
+A regime is a base, what is trained, and how many tuples a step has. `paper` is the corner that is
+most like the paper's: a base that knows close-ups, adapters of rank 4, one tuple in a step. Each of
+the other regimes changes one of the three. All runs of all regimes see the same number of tuples,
+and the arms of a seed the same images.
+
+The learning rate of a regime is chosen on its baseline alone, with a seed that is used for nothing
+else. An arm whose name ends in "-short" has two thirds of the steps.
+
+A run is one line of regimes.jsonl. It begins with what M predicts before the arm is trained.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+if __name__ == "__main__":
+    # Not this folder first: its tabulate.py would hide a library of that name.
+    sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from results import prediction, yardsticks  # noqa: E402
+from results.study import train_to_the_end  # noqa: E402
+from support import book, report  # noqa: E402
+
+BASES = ROOT / "runs/regimes"
+ROWS = ROOT / "results/regimes.jsonl"
+MODELS = ("dit", "unet")
+
+SIZE = {"pixels": 16, "width": 72, "time_mean": 0.0, "sample_steps": 8, "eval_images": 96}
+PRETRAINING = {"dit": {"pretrain_steps": 6000, "batch": 32, "lr": 2e-3},
+               "unet": {"pretrain_steps": 4000, "batch": 32, "lr": 2e-3}}
+FINETUNING = {"roots": 48, "smallest_object": 0.24, "warmup": 50, "probe": 6}
+TUPLES = 1800                                  # of a run, in all its steps
+
+REGIMES = {
+    "paper": {"pretrain_views": "all", "rank": 4, "tuples": 1},
+    "macro_base": {"pretrain_views": "macro", "rank": 4, "tuples": 1},
+    "all_weights": {"pretrain_views": "all", "rank": 0, "tuples": 1},
+    "eight_tuples": {"pretrain_views": "all", "rank": 4, "tuples": 8},
+}
+ARMS = {"dit": ["baseline", "sga", "sga-short", "tuple", "tuple_max", "stratified", "quiet",
+                "offsets", "flipped"],
+        "unet": ["baseline", "sga", "sga-short", "tuple", "tuple_max", "stratified", "quiet",
+                 "min_snr", "min_snr_velocity"]}
+SEEDS = (1, 2, 3, 4, 5)
+
+# The rates to choose from, and the seed of the choice.
+RATES = {4: (1e-3, 3e-3, 1e-2), 0: (3e-4, 1e-3, 3e-3)}
+CHOOSING_SEED = 100
+
+
+# --- One run --------------------------------------------------------------------------------------
+
+def base_folder(model, views):
+    return BASES / f"{model}-{views}"
+
+
+def pretrain(model, views):
+    """A base: a pretrained network that has seen whole scenes alone (macro), or all views."""
+    folder = base_folder(model, views)
+    if not (folder / "report.json").exists():
+        settings = {"model": model, "device": "cpu", "pretrain_views": views, "finetune_steps": 0}
+        train_to_the_end(folder, settings | SIZE | PRETRAINING[model])
+
+
+def settings_of(regime, model, arm, seed, rate):
+    """The settings of train.py for one run."""
+    values = {"model": model, "seed": seed, "finetune_lr": rate, "device": "cpu"}
+    values |= SIZE | PRETRAINING[model] | FINETUNING | REGIMES[regime]
+    steps = TUPLES // values["tuples"]
+    values["every"] = steps // 3
+    values["arm"] = arm.removesuffix("-short")
+    values["finetune_steps"] = steps * 2 // 3 if arm.endswith("-short") else steps
+    return train.Settings(**values)
+
+
+def begin(s):
+    """A run at the start of its fine-tuning, from the base of its settings."""
+    run = train.Run(s)
+    file = base_folder(s.model, s.pretrain_views) / "pretrained.pt"
+    book.load_weights(str(file), run.ema, s, train.FORMAT)
+    run.step = s.pretrain_steps
+    run.begin_finetuning()
+    return run
+
+
+def run_once(regime, model, arm, seed, rate):
+    """One run and its row."""
+    s = settings_of(regime, model, arm, seed, rate)
+    run = begin(s)
+    predicted = prediction.predict(run)
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        train.train(run, folder)
+    seconds = time.time() - start
+    for point in run.probe:
+        point.pop("M")
+        point.pop("kernel", None)
+    log = [{name: value for name, value in row.items() if name.startswith(("step", "val_error"))}
+           for row in run.log]
+    return {"regime": regime, "model": model, "arm": arm, "seed": seed, "rate": rate,
+            "predicted": predicted, **yardsticks.measure(run, s), "log": log, "probe": run.probe,
+            "seconds": round(seconds, 1), "device": report.device_name(s),
+            "torch": torch.__version__, "settings": dataclasses.asdict(s)}
+
+
+# --- Rows -----------------------------------------------------------------------------------------
+
+def read_rows(file=ROWS):
+    """Every run so far."""
+    if not file.exists():
+        return []
+    with open(file, encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def key_of(row):
+    return tuple(row[name] for name in ("regime", "model", "arm", "seed", "rate"))
+
+
+def generalisation(row, split="seen"):
+    """The mean of |v - u*|^2 / D over granularities and thirds of t."""
+    errors = []
+    for view in yardsticks.VIEWS:
+        errors += row["generalisation"][f"{split} {view}"]
+    return sum(errors) / len(errors)
+
+
+def chosen_rate(rows, regime, model):
+    """The rate with the smallest error of the baseline, among the rows of the choosing seed."""
+    tried = [row for row in rows
+             if key_of(row)[:4] == (regime, model, "baseline", CHOOSING_SEED)]
+    return min(tried, key=generalisation)["rate"]
+
+
+# --- All runs -------------------------------------------------------------------------------------
+
+def one_thread():
+    """For each of the processes: several runs share the machine."""
+    torch.set_num_threads(1)
+
+
+def run_missing(keys, pool):
+    """Runs what has no row yet; each row is in the file as soon as it is there."""
+    done = {key_of(row) for row in read_rows()}
+    missing = [key for key in keys if key not in done]
+    started = [pool.submit(run_once, *key) for key in missing]
+    for count, job in enumerate(concurrent.futures.as_completed(started), 1):
+        row = job.result()
+        with open(ROWS, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        print(f"{count}/{len(missing)} {key_of(row)}: {row['seconds']:.0f} s", flush=True)
+
+
+def run_all(flags):
+    """The bases, then the choice of the rates, then seed by seed every arm."""
+    context = multiprocessing.get_context("spawn")
+    bases = {(model, REGIMES[regime]["pretrain_views"])
+             for regime in flags.regimes for model in flags.models}
+    with concurrent.futures.ThreadPoolExecutor(flags.jobs) as threads:
+        list(threads.map(pretrain, *zip(*sorted(bases))))
+    with concurrent.futures.ProcessPoolExecutor(flags.jobs, context, one_thread) as pool:
+        for regime in flags.regimes:
+            choice = []
+            for model in flags.models:
+                for rate in RATES[REGIMES[regime]["rank"]]:
+                    choice.append((regime, model, "baseline", CHOOSING_SEED, rate))
+            run_missing(choice, pool)
+            rows = read_rows()
+            wanted = []
+            for seed in flags.seeds:
+                for model in flags.models:
+                    rate = chosen_rate(rows, regime, model)
+                    arms = [arm for arm in ARMS[model] if not flags.arms or arm in flags.arms]
+                    wanted += [(regime, model, arm, seed, rate) for arm in arms]
+            run_missing(wanted, pool)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    every_arm = sorted({arm for arms in ARMS.values() for arm in arms})
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--arms", nargs="+", default=None, choices=every_arm)
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    run_all(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The second study: its predictions against gradients, its yardsticks, and its bookkeeping."""
+
+import concurrent.futures
+import itertools
+import json
+
+import pytest
+import torch
+
+import flow_matching as fm
+import sga
+import toy_data
+import train
+from results import prediction, regimes, yardsticks
+
+TINY = {"pixels": 8, "width": 24, "depth": 1, "batch": 4, "pretrain_steps": 2, "roots": 4,
+        "eval_images": 6, "sample_steps": 1, "warmup": 2, "smallest_object": 0.24}
+
+
+def begun(**changes):
+    run = train.Run(train.Settings(**TINY | {"tuples": 2, "finetune_steps": 6} | changes))
+    run.step = run.settings.pretrain_steps
+    run.begin_finetuning()
+    # The last layer begins at zero, where most gradients vanish.
+    torch.manual_seed(0)
+    for weight in run.model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.2)
+    return run
+
+
+# --- Predictions: M against gradients -------------------------------------------------------------
+
+def rand(*shape):
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def test_the_expected_square_of_a_step_is_that_of_every_possible_step():
+    """Eq. 23: three views with two noises each; a step may hold a view twice, with both noises."""
+    G = rand(3, 2, 7)                                                  # (V, 2, P)
+    own = G.square().sum(2).mean(1)
+    between = G.mean(1) @ G.mean(1).T
+    between = between.diagonal_scatter((G[:, 0] * G[:, 1]).sum(1))
+    once = (torch.tensor([0, 1]), torch.tensor([0.5, 0.3]))
+    twice = (torch.tensor([2, 1, 2]), torch.tensor([0.2, 0.4, 0.1]))
+
+    steps, means = [], []
+    for first, second in itertools.product((0, 1), repeat=2):
+        steps.append(0.5 * G[0, first] + 0.3 * G[1, second])
+        steps.append(0.2 * G[2, first] + 0.4 * G[1, second] + 0.1 * G[2, 1 - first])
+    for views, a in (once, twice):
+        means.append(a.double() @ G.mean(1)[views])
+    square, _ = prediction.expected_squares([once, twice], own, between)
+    every = torch.stack(steps).square().sum(1).mean().item()
+    assert square == pytest.approx(every, rel=1e-6)
+    forgotten, _ = prediction.expected_squares([once, twice], between.diagonal(), between)
+    assert forgotten != pytest.approx(every, rel=1e-2)                 # twin: without own noise
+
+    # The mean of a step: where no view comes twice it is that of the views' means.
+    _, mean_square = prediction.expected_squares([once], own, G.mean(1) @ G.mean(1).T)
+    assert mean_square == pytest.approx(means[0].square().sum().item(), rel=1e-6)
+
+
+def gradients_of(run, inputs, r, weight):
+    """(N, P) one backward pass for each sample."""
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    rows = []
+    for k in range(len(weight)):
+        v = run.model(*[z[k:k + 1] for z in inputs])
+        found = torch.autograd.grad(v, trained, r[k:k + 1] * weight[k], allow_unused=True,
+                                    materialize_grads=True)
+        rows.append(torch.cat([part.flatten() for part in found]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("arm", ["sga", "min_snr", "global"])
+def test_the_products_and_rates_are_those_of_the_gradients(arm):
+    """Eq. 22, 23: adapters, noise levels and weights included."""
+    run = begun(arm=arm, rank=2)
+    G = gradients_of(run, *prediction.samples_of(run, run.arm, 2, 2)).unflatten(0, (-1, 2))
+    own, between = prediction.products_of_views(run, run.arm, 2)
+    scale = own.max()
+    assert (own - G.square().sum(2).mean(1)).abs().max() < 1e-4 * scale
+    apart = (G[:, 0] * G[:, 1]).sum(1)
+    by_hand = (G.mean(1) @ G.mean(1).T).diagonal_scatter(apart)
+    assert (between - by_hand).abs().max() < 1e-4 * scale
+
+    plain = prediction.samples_of(run, sga.ARMS["baseline"], 2, 4)
+    G_plain = gradients_of(run, *plain).unflatten(0, (-1, 2)).mean(1)  # (V, P)
+    expected = 0.0
+    for views, a in run.plan:
+        expected = expected + a.float() @ G.mean(1)[views] / len(run.plan)
+    rates = prediction.rates_by_view(run, run.arm, run.plan, 2)
+    for index, view in enumerate(prediction.VIEWS):
+        rate = G_plain[run.granularity == index].mean(0) @ expected
+        assert rates[view] == pytest.approx(rate.item(), abs=1e-4 * scale.item())
+
+
+def test_the_arm_decides_the_noise_levels_and_weights_of_a_prediction():
+    run = begun()
+
+    def medians(arm):
+        inputs, _, _ = prediction.samples_of(run, sga.method(arm, "dit"), 100, 2)
+        granularity = run.granularity.repeat_interleave(100)
+        return [inputs[1][granularity == index].median().item() for index in range(3)]
+
+    macro, _, micro = medians("offsets")
+    assert macro > medians("baseline")[0] > micro
+    weight = prediction.samples_of(run, sga.ARMS["min_snr"], 20, 2)[2]
+    assert weight.min() < 0.9 and weight.max() == 1
+
+
+# --- Yardsticks -----------------------------------------------------------------------------------
+
+def test_the_fit_is_zero_for_the_network_that_remembers_its_images():
+    """The exact velocity of the roots' own images, in place of the network."""
+    run = begun()
+    s = run.settings
+    for view in yardsticks.VIEWS:
+        held = yardsticks.training_set(run, view, s)
+        x0, e, t, tokens, u_star = held
+        own = run.root[run.granularity == yardsticks.VIEWS.index(view)]
+        images, words = toy_data.views(run.roots.take(own), view, s.pixels)
+
+        def memory(x, t, tokens):
+            rows = []
+            for one, level, caption in zip(x, t, tokens):
+                same = images[(words == caption).all(1)]
+                rows.append(fm.exact_velocity(one[None], level[None], same)[0])
+            return torch.stack(rows)
+
+        errors = yardsticks.errors_by_third(memory, held, s)
+        assert max(errors) < 1e-8
+        assert max(yardsticks.errors_by_third(run.ema, held, s)) > 0.1  # twin
+        assert (fm.path(x0, e, t).shape, len(u_star)) == (x0.shape, s.eval_images)
+
+
+def test_all_yardsticks_are_numbers_in_their_range():
+    run = begun()
+    found = yardsticks.measure(run, run.settings)
+    assert set(found["fit"]) == set(yardsticks.VIEWS)
+    assert len(found["generalisation"]) == 6 and len(found["reader"]) == 12
+    for shares in found["reader"].values():
+        assert set(shares) == set(yardsticks.READ)
+        assert all(0 <= share <= 1 for share in shares.values())
+        assert shares["joint"] <= min(shares.values()) + 1e-9
+
+
+# --- The bookkeeping ------------------------------------------------------------------------------
+
+@pytest.fixture
+def tiny_study(tmp_path, monkeypatch):
+    """The study at its smallest, with bases that are made here."""
+    monkeypatch.setattr(regimes, "BASES", tmp_path)
+    monkeypatch.setattr(regimes, "ROWS", tmp_path / "rows.jsonl")
+    sizes = {name: TINY[name] for name in ("pixels", "width", "depth", "eval_images",
+                                           "sample_steps")}
+    monkeypatch.setattr(regimes, "SIZE", sizes)
+    tiny = {"pretrain_steps": 2, "batch": 4}
+    monkeypatch.setattr(regimes, "PRETRAINING", {"dit": tiny, "unet": tiny})
+    monkeypatch.setattr(regimes, "FINETUNING", {"roots": 4, "probe": 1, "warmup": 2})
+    monkeypatch.setattr(regimes, "TUPLES", 24)
+    for views in ("all", "macro"):
+        folder = tmp_path / f"dit-{views}"
+        folder.mkdir()
+        run = train.Run(train.Settings(pretrain_views=views, **sizes, **tiny))
+        run.step = 2
+        run.save(str(folder / "pretrained.pt"))
+    return regimes
+
+
+@pytest.mark.parametrize("regime", regimes.REGIMES)
+def test_a_run_has_its_regime_and_a_row_with_all_that_was_measured(tiny_study, regime):
+    row = tiny_study.run_once(regime, "dit", "sga-short", 1, 1e-3)
+    assert tiny_study.key_of(row) == (regime, "dit", "sga-short", 1, 1e-3)
+    for name, value in regimes.REGIMES[regime].items():
+        assert row["settings"][name] == value
+    s = row["settings"]
+    assert s["finetune_steps"] * s["tuples"] == 16 and s["arm"] == "sga"
+    assert row["predicted"]["square"] > 0
+    assert len(row["log"]) >= 2 and len(row["probe"]) >= 2
+    assert json.loads(json.dumps(row))["predicted"] == row["predicted"]
+    again = tiny_study.run_once(regime, "dit", "sga-short", 1, 1e-3)
+    assert again["generalisation"] == row["generalisation"]
+
+
+def test_the_rate_is_chosen_on_the_baseline_of_the_choosing_seed(tiny_study):
+    def row(arm, seed, rate, error):
+        errors = {f"seen {view}": [error] * 3 for view in yardsticks.VIEWS}
+        return {"regime": "paper", "model": "dit", "arm": arm, "seed": seed, "rate": rate,
+                "generalisation": errors}
+
+    choosing = regimes.CHOOSING_SEED
+    rows = [row("baseline", choosing, 1e-3, 0.3), row("baseline", choosing, 3e-3, 0.2),
+            row("sga", choosing, 1e-2, 0.1), row("baseline", 1, 1e-2, 0.1)]
+    assert tiny_study.chosen_rate(rows, "paper", "dit") == 3e-3
+
+
+def test_what_has_a_row_is_not_run_again(tiny_study):
+    class Pool:
+        """Notes what it is asked to run."""
+
+        def __init__(self):
+            self.keys = []
+
+        def submit(self, function, *key):
+            self.keys.append(key)
+            future = concurrent.futures.Future()
+            names = ("regime", "model", "arm", "seed", "rate")
+            future.set_result(dict(zip(names, key)) | {"seconds": 1.0})
+            return future
+
+    keys = [("paper", "dit", "sga", seed, 1e-3) for seed in (1, 2)]
+    first, second = Pool(), Pool()
+    tiny_study.run_missing(keys[:1], first)
+    tiny_study.run_missing(keys, second)
+    assert first.keys == keys[:1] and second.keys == keys[1:]
+    assert sorted(map(tiny_study.key_of, tiny_study.read_rows())) == keys

@@ -122,11 +122,11 @@ def run_once(regime, model, arm, seed, rate):
 
 # --- Rows -----------------------------------------------------------------------------------------
 
-def read_rows(file=ROWS):
+def read_rows():
     """Every run so far."""
-    if not file.exists():
+    if not ROWS.exists():
         return []
-    with open(file, encoding="utf-8") as stream:
+    with open(ROWS, encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
 

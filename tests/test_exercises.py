@@ -1,43 +1,44 @@
-"""The judge of the exercises: it passes what is in the repository, fails what is deleted or half
-right, and tells right predictions from wrong ones without giving the answer away.
+"""The judge of the exercises: for each of them a right answer passes, and a plausible wrong one, a
+stub and a missing function do not. Nothing that is printed gives an answer away.
 """
 
 import ast
 import importlib
+import inspect
 import json
 
 import pytest
 
 import exercises
+import exercises_sheet as sheet
 
-NUMBERED = list(enumerate(exercises.EXERCISES, 1))
-TO_WRITE = [number for number, exercise in NUMBERED if exercise.is_to_write()]
-TO_BREAK = [number for number, exercise in NUMBERED if exercise.change]
-MEASURED = [number for number, exercise in NUMBERED if exercise.measure]
-
-
-def exercise_of(number):
-    return exercises.EXERCISES[number - 1]
+EXERCISES = exercises.EXERCISES
+TITLED = {exercise.title: number for number, exercise in enumerate(EXERCISES, 1)}
+TO_WRITE = [exercise.title for exercise in EXERCISES if exercise.stubs]
+TO_BREAK = [exercise.title for exercise in EXERCISES if exercise.change]
+MEASURED = [exercise.title for exercise in EXERCISES if exercise.measure]
 
 
-def number_of(title):
-    return next(number for number, exercise in NUMBERED if exercise.title == title)
+def exercise_of(title):
+    return EXERCISES[TITLED[title] - 1]
 
 
-def answer(number, *prediction):
-    return exercises.main([str(number), *prediction])
+def predict(title, *words):
+    """What exercises.py answers to a prediction."""
+    return exercises.main([str(TITLED[title]), *words, "--answers", "no folder"])
 
 
-def test_the_list_shows_every_exercise(capsys):
+# --- The list -------------------------------------------------------------------------------------
+
+def test_the_list_shows_every_exercise_with_its_stars_and_minutes(capsys):
     assert exercises.main([]) == 0
-    printed = capsys.readouterr().out
-    shown = [line[:2] for line in printed.splitlines() if line[2:4] == ". "]
-    assert shown == [f"{number:2}" for number, _ in NUMBERED]
-    assert len(NUMBERED) == 15
-    for _, exercise in NUMBERED:
-        assert exercise.title in printed and exercise.task in printed and exercise.why in printed
-        module = importlib.import_module(exercise.module)
-        assert all(hasattr(module, name) for name in exercise.functions)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(EXERCISES) == len(TITLED)
+    for line, exercise in zip(lines, EXERCISES):
+        assert 1 <= exercise.stars == line.count("*") <= 3
+        assert f" {exercise.minutes} min" in line and exercise.title in line
+        ways = (exercise.stubs, exercise.change, exercise.measure)
+        assert sum(map(bool, ways)) == 1
 
 
 @pytest.mark.parametrize("unknown", ["99", "0", "-1", "path"])
@@ -46,161 +47,257 @@ def test_an_unknown_exercise_is_named(unknown, capsys):
     assert f"there is no exercise {unknown}" in capsys.readouterr().out
 
 
-# --- Write a function again -----------------------------------------------------------------------
+# --- Write functions ------------------------------------------------------------------------------
+# The right answers are the repository's own functions, and these, which the repository lacks.
 
-def test_what_is_in_the_repository_passes(capsys):
-    """All judges at once, and one of them as a student runs it."""
-    judges = [node for number in TO_WRITE for node in exercises.nodes(exercise_of(number))]
-    content, passed = exercises.run(judges, "-p", "no:terminal")
-    assert content and all(passed.values())
-    assert len(passed) == len({node.split("::")[1] for node in judges})
-    assert answer(number_of("From data to noise")) == 0
-    assert capsys.readouterr().out.endswith("passed\n")
-
-
-def without_body(module, function):
-    """The module's source with nothing but the docstring left of a function."""
-    source = exercises.source_of(module)
-    tree = ast.parse(source)
-    node, = (node for node in tree.body if getattr(node, "name", None) == function)
-    assert ast.get_docstring(node) and len(node.body) > 1
-    lines = source.splitlines()
-    docstring, *_, last = node.body
-    del lines[docstring.end_lineno:last.end_lineno]
-    return "\n".join(lines)
+SOLUTIONS = {
+    "A step on one image": """
+def influence(f, params, inputs, residuals, j):
+    only_j = torch.zeros_like(residuals)
+    only_j[j] = residuals[j]
+    return -ntk_vector_product(f, params, inputs, only_j)
 
 
-DELETED = [(number, name) for number in TO_WRITE for name in exercise_of(number).functions]
-
-
-@pytest.mark.parametrize("number, function", DELETED)
-def test_a_deleted_body_does_not_pass(number, function, capsys):
-    module = exercise_of(number).module
-    with exercises.changed(module, without_body(module, function)):
-        assert answer(number) == 1
-    assert capsys.readouterr().out.endswith("not yet\n")
-
-
-# Wrong in one respect each: what a student may well forget.
-HALF_RIGHT = {
-    "The best possible velocity": """
-whole_posterior, whole_velocity = posterior, exact_velocity
-def of_all_alike(pi):
-    return pi if pi is None or torch.as_tensor(pi).dim() == 1 else None
-def posterior(x, t, points, pi=None):
-    return whole_posterior(x, t, points, of_all_alike(pi))
-def exact_velocity(x, t, points, pi=None):
-    return whole_velocity(x, t, points, of_all_alike(pi))
+def hurt(f, params, inputs, residuals, j):
+    M = interaction_matrix(f, params, inputs, residuals)
+    return [i for i in range(len(M)) if M[i, j] < 0]
 """,
-    "One step for the views of a root": """
-whole_backward = deferred_backward
-def deferred_backward(losses, sub_batches, quiet=contextlib.nullcontext):
-    with quiet():
-        return whole_backward(losses, sub_batches)
+    "From a learning rate to a time": """
+def training_time(eta, steps, D):
+    return 2 * eta * steps / D
+""",
+    "Signs under AdamW": """
+def flipped(G, v, eps):
+    by_adamw = G / (v.sqrt() + eps) @ G.T
+    return by_adamw.sign() != (G @ G.T).sign()
+""",
+    "Break the fast route, then guard it": """
+class Backwards(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x).tanh() * self.layer.weight.norm()
+
+
+def broken():
+    torch.manual_seed(0)
+    return Backwards().double(), (torch.randn(5, 3).double(),), torch.randn(5, 3).double()
+
+
+def guard(model, inputs, residuals, M):
+    v = model(*inputs)
+    s = torch.randn(len(v), dtype=v.dtype)
+    vectors = s.view(-1, *[1] * (v.dim() - 1)) * residuals
+    g = torch.autograd.grad(v, list(model.parameters()), vectors)
+    by_gradient = sum(one.square().sum() for one in g)
+    size = s.abs() @ M.abs() @ s.abs()
+    if (s @ M @ s - by_gradient).abs() > torch.finfo(v.dtype).eps ** (2 / 3) * size:
+        raise ValueError("M is wrong")
+""",
+    "One factor or two": """
+def weighted_velocities(M, a):
+    own = -M @ a
+    return a @ own, own, own.mean()
+""",
+    "What meeting changes": """
+def every_step(root, meet):
+    own = [tuple(torch.nonzero(root == one)[:, 0].tolist()) for one in root.unique()]
+    any_views = list(itertools.combinations(range(len(root)), len(own[0])))
+    steps = own if meet == "root" else any_views
+    a = torch.zeros(len(steps), len(root), dtype=torch.float64)
+    for row, views in zip(a, steps):
+        row[list(views)] = 1 / len(views)
+    return a
 """,
 }
 
+# What a student may well do, in the place of what is right.
+MISTAKES = {
+    "From data to noise": ("(1 - t) * x0 + t * e", "t * x0 + (1 - t) * e"),
+    "From noise to data": ("(v + v_next) / 2", "v_next"),
+    "The best possible velocity": ("log_pi - energy", "log_pi[:1] - energy"),
+    "Groups of data interact": ("delta @ delta.mT", "(delta @ delta.mT).abs()"),
+    "Who pulls with whom": ("_parts(*columns, chunk)", "_parts(inputs, residuals, chunk)"),
+    "A step on one image": ("M[i, j] < 0", "residuals[i].flatten() @ residuals[j].flatten() < 0"),
+    "Own progress and interference": ("-cross / N**2", "-cross / N"),
+    "From a learning rate to a time": ("2 * eta", "eta"),
+    "Signs under AdamW": ("v.sqrt()", "v"),
+    "Break the fast route, then guard it": ("torch.randn(len(v), ", "torch.ones(len(v), "),
+    # The context is never left, so that the last pass is quiet, too.
+    "One step for the views of a root": ("with exchange:",
+                                         "exchange.__enter__()\n        if True:"),
+    "Noise levels and weights by granularity": ("shift * t / (1", "t / (1"),
+    "One factor or two": ("own = -M @ a", "own = -a * (M @ a)"),
+    "What meeting changes": ("1 / len(views)", "1"),
+}
 
-@pytest.mark.parametrize("title", HALF_RIGHT)
-def test_a_solution_that_forgets_one_case_does_not_pass(title, capsys):
-    """Weights pi of (N, K) that are ignored; a last backward pass that is quiet, too."""
-    module = exercise_of(number_of(title)).module
-    with exercises.changed(module, exercises.source_of(module) + HALF_RIGHT[title]):
-        assert answer(number_of(title)) == 1
-    assert capsys.readouterr().out.endswith("not yet\n")
+
+def right_answer(title):
+    """A file that answers an exercise, from the repository's functions where it has them."""
+    exercise = exercise_of(title)
+    source = (exercises.ROOT / f"{exercise.module}.py").read_text(encoding="utf-8")
+    found = [SOLUTIONS.get(title, "")]
+    for node in ast.parse(source).body:
+        if getattr(node, "name", None) in exercise.names():
+            decorators = [f"@{ast.unparse(one)}\n" for one in node.decorator_list]
+            found.append("".join(decorators) + ast.get_source_segment(source, node))
+    return "\n\n\n".join(["import itertools\n", *found])
 
 
-# --- Predict which tests a change breaks ----------------------------------------------------------
+def judged(title, text, folder):
+    """What exercises.py answers to a file."""
+    (folder / f"ex_{TITLED[title]:02}.py").write_text(text, encoding="utf-8")
+    return exercises.main([str(TITLED[title]), "--answers", str(folder)])
 
-@pytest.mark.parametrize("number", TO_BREAK)
-def test_only_the_tests_that_a_change_breaks_are_right(number, capsys):
-    module = importlib.import_module(exercise_of(number).module)
+
+@pytest.mark.parametrize("title", TO_WRITE)
+def test_a_right_answer_passes_and_a_wrong_one_does_not(title, tmp_path, capsys):
+    module = importlib.import_module(exercise_of(title).module)
     before = dict(vars(module))
-    words, figures, tests = exercises.truth(number)
-    assert vars(module) == before              # the change is undone
+    right, (old, new) = right_answer(title), MISTAKES[title]
+    assert judged(title, right, tmp_path) == 0
+    assert "\nright: " in capsys.readouterr().out
+    assert right.count(old) == 1
+    assert judged(title, right.replace(old, new), tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "\nnot yet: " in printed and "Error:" not in printed
+    assert vars(module) == before                  # the answer is gone
+
+
+def test_a_stub_states_what_is_required_and_does_not_pass(tmp_path, capsys):
+    title = "From data to noise"
+    asked = [str(TITLED[title]), "--answers", str(tmp_path / "mine")]
+    assert exercises.main(asked) == 2              # no answer yet
+    assert exercises.main([*asked, "--stub"]) == 0
+    text = (tmp_path / f"mine/ex_{TITLED[title]:02}.py").read_text(encoding="utf-8")
+    for signature, required in exercise_of(title).stubs:
+        assert f"def {signature}:" in text
+        assert " ".join(required.split()[:5]) in text
+    assert exercises.main([*asked, "--stub"]) == 1     # nothing is overwritten
+    printed = capsys.readouterr().out
+    assert printed.count(": NotImplementedError\n") == len(exercise_of(title).tests)
+    assert printed.endswith("not yet: 0 of 4 tests pass\n")
+
+
+@pytest.mark.parametrize("title", TO_WRITE)
+def test_stubs_have_the_signatures_of_the_repository_and_the_checks_exist(title):
+    exercise = exercise_of(title)
+    module = importlib.import_module(exercise.module)
+    compile(exercises.stub(TITLED[title]), "stub", "exec")
+    for name, (signature, _) in zip(exercise.names(), exercise.stubs):
+        if title not in SOLUTIONS or hasattr(module, name):
+            own = inspect.signature(getattr(module, name)).parameters
+            asked = signature[:-1].partition("(")[2].split(", ")
+            assert [word.partition("=")[0] for word in asked] == list(own)
+    checks = importlib.import_module("exercises_checks")
+    assert all(hasattr(checks, check) for check in exercise.checks)
+    assert exercise.tests or exercise.checks
+
+
+BROKEN = {
+    "def path(x0, e, t):\n    return x0": "does not define target, residual, loss",
+    "def path(x0, e, t)": "SyntaxError",
+    "raise SystemExit(0)": "SystemExit",
+    "import nothing_of_that_name": "No module named",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_file_that_cannot_be_judged_does_not_pass(text, tmp_path, capsys):
+    assert judged("From data to noise", text, tmp_path) == 1
+    assert BROKEN[text] in capsys.readouterr().out
+
+
+# --- Predict --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("title", TO_BREAK)
+def test_only_the_tests_that_a_change_breaks_are_right(title, capsys):
+    module = importlib.import_module(exercise_of(title).module)
+    before = dict(vars(module))
+    words, figures, tests = exercises.truth(exercise_of(title))
+    assert vars(module) == before                  # the change is undone
     assert words and len(words) < len(tests)
 
     innocent = next(name for name in tests if name not in words)
-    assert answer(number, *words) == answer(number, *words[::-1]) == 0
+    assert predict(title, *words) == predict(title, *words[::-1]) == 0
     assert capsys.readouterr().out.count(f"{figures[0]}\nright\n") == 2
-    assert answer(number, *words[1:], innocent) == answer(number, *words, innocent) == 1
-    assert answer(number, *words[:-1], *[innocent][len(words) - 1:]) == 1
-    assert not [name for name in words if name in capsys.readouterr().out]
+    assert predict(title, *words[1:], innocent) == predict(title, *words, innocent) == 1
+    assert predict(title) == predict(title, "nonsense", *words[1:]) == 2
+    printed = capsys.readouterr().out
+    assert f"not yet: {len(words)} of your {len(words) + 1} tests fail, of {len(words)}" in printed
+    assert not [name for name in tests if name in printed]
+    assert exercises.main([str(TITLED[title]), "--tests"]) == 0
+    assert capsys.readouterr().out.endswith("\n".join(tests) + "\n")
 
 
-@pytest.mark.parametrize("number", TO_BREAK[:1])
-def test_the_names_of_the_tests_are_listed_on_request(number, capsys):
-    _, _, tests = exercises.truth(number)
-    assert answer(number) == 2
-    assert "the words to choose from:\n    " + "\n    ".join(tests) in capsys.readouterr().out
-
-
-# --- Predict what was measured --------------------------------------------------------------------
-
-@pytest.mark.parametrize("number", MEASURED)
-def test_only_the_measured_words_in_their_order_are_right(number, capsys):
-    words, figures, choices = exercises.truth(number)
-    assert answer(number, *words) == 0
+@pytest.mark.parametrize("title", MEASURED)
+def test_only_the_measured_words_in_their_order_are_right(title, capsys):
+    words, figures, choices = exercises.truth(exercise_of(title))
+    assert predict(title, *words) == 0
     assert "\n".join([*figures, "right"]) in capsys.readouterr().out
     other = next(word for word in choices if word not in words)
-    wrong = [(words[0],), (*words, words[0]), (other, words[1]), (words[0], other)]
-    wrong += [words[::-1]] if words != words[::-1] else []
-    assert [answer(number, *prediction) for prediction in wrong] == [1] * len(wrong)
-    assert not [line for line in figures if line in capsys.readouterr().out]
-
-
-@pytest.mark.parametrize("number", [*TO_BREAK[:1], *MEASURED])
-def test_a_nonsense_word_is_not_answered(number, capsys):
-    words, figures, _ = exercises.truth(number)
-    assert answer(number, "nonsense", *words[1:]) == 2
+    assert predict(title, words[0], other) == predict(title, *words, words[0]) == 1
+    assert predict(title, "nonsense", words[1]) == predict(title) == 2
     printed = capsys.readouterr().out
-    assert "'nonsense' is none of the words to choose from" in printed
+    assert "not yet: 1 of 2 words are right" in printed
+    assert "which --tests lists: nonsense\n" in printed
     assert not [line for line in figures if line in printed]
-    assert not printed.endswith("right\n")
 
 
-def other_world(rows):
-    """Rows in which pairs conflict where they did not, and SGA has other errors."""
-    for row in rows:
+def other_world(rows, changes):
+    """Rows in which pairs conflict where they did not, and SGA has other errors, if `changes`."""
+    for row in filter(changes, rows):
         for point in row["probe"]:
             for pairs in point["pairs"].values():
                 pairs["conflict"] = 1 - pairs["conflict"]
-        gap = -1.0 if row["model"] == "dit" else (-1.0) ** row["seed"]
         # The bases differ by more than the arms: runs of two bases must not be compared.
-        error = 100.0 * row["base"] + (gap if row["arm"] == "sga" else 0.0)
+        gap = -1.0 if row["model"] == "dit" else (-1.0) ** row["seed"]
         for part in row["rows"]:
-            part["error"] = error
-    return rows
+            part["error"] = 100.0 * row["base"] + (gap if row["arm"] == "sga" else 0.0)
+    return "\n".join(map(json.dumps, rows))
 
 
-def test_what_was_measured_decides_and_not_this_file(tmp_path, monkeypatch):
-    rows = exercises.study()
-    kinds, _, choices = exercises.conflict_by_kind()
+def test_the_first_base_decides_and_neither_this_file_nor_another_base(tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in sheet.ROWS.read_text(encoding="utf-8").splitlines()]
+    first = min(row["base"] for row in rows)
+    kinds, _, choices = sheet.conflict_by_kind()
+    assert choices == sorted(choices)              # their order says nothing of the answer
+    before = sheet.sga_or_baseline()[0]
     assert set(kinds) < set(rows[0]["probe"][0]["pairs"]) == set(choices)
-    lines = [json.dumps(row) for row in other_world(rows)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    monkeypatch.setattr(exercises, "ROWS", tmp_path / "rows.jsonl")
-    assert exercises.conflict_by_kind()[0] == kinds[::-1]
-    words, figures, _ = exercises.sga_or_baseline()
-    assert words == ["lower", "open"]
-    assert figures[0].count("-1.0000") == sum(row["model"] == "dit" and row["arm"] == "sga"
-                                              for row in rows)
+
+    monkeypatch.setattr(sheet, "ROWS", tmp_path / "rows.jsonl")
+    for changes, least_and_most, words in (
+            (lambda row: row["base"] != first, kinds, before),
+            (lambda row: row["base"] == first, kinds[::-1], ["lower", "open"])):
+        text = other_world(rows, changes)
+        sheet.ROWS.write_text(text, encoding="utf-8")
+        assert sheet.conflict_by_kind()[0] == least_and_most
+        found, figures, _ = sheet.sga_or_baseline()
+        assert found == words
+    assert not [line for line in figures if "100" in line or "99" in line]
 
 
-def test_rows_of_another_base_change_no_prediction(tmp_path, monkeypatch):
-    """Exercise 14 is about one base, and exercise 15 compares runs of the same base alone."""
-    rows = exercises.study()
-    kinds, _, _ = exercises.conflict_by_kind()
-    gaps = exercises.sga_or_baseline()[1]
-    for row in rows:
-        if row["base"] == max(row["base"] for row in rows) != 0:
-            for point in row["probe"]:
-                for pairs in point["pairs"].values():
-                    pairs["conflict"] = 1 - pairs["conflict"]
-            for part in row["rows"]:
-                part["error"] += 100.0
-    lines = [json.dumps(row) for row in rows]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    monkeypatch.setattr(exercises, "ROWS", tmp_path / "rows.jsonl")
-    assert exercises.conflict_by_kind()[0] == kinds
-    assert exercises.sga_or_baseline()[1] == gaps
+# --- The score ------------------------------------------------------------------------------------
+
+def test_the_score_has_the_points_of_every_answer(tmp_path, monkeypatch):
+    pairs, helps = MEASURED
+    words, _, _ = exercises.truth(exercise_of(pairs))
+    answers = {pairs: "\n".join(words), helps: "nonsense"}
+    for title, text in answers.items():
+        file = exercises.answer_file(TITLED[title], tmp_path)
+        file.write_text(text + "\n", encoding="utf-8")
+    asked = ["--answers", str(tmp_path), "--score", str(tmp_path / "score.json")]
+    assert exercises.main(asked) == 0
+    found = json.loads((tmp_path / "score.json").read_text(encoding="utf-8"))
+    rows = {row["title"]: row for row in found["exercises"]}
+    assert list(rows) == list(TITLED)
+    assert found["points"] == rows[pairs]["points"] == exercise_of(pairs).stars
+    assert found["of"] == sum(exercise.stars for exercise in EXERCISES)
+    assert [title for title, row in rows.items() if row["passed"]] == [pairs]
+    assert "nonsense" in rows[helps]["found"]
+    assert rows["From data to noise"]["found"] == "no answer"
+
+    monkeypatch.setattr(exercises, "SECONDS", 0)
+    assert exercises.score(tmp_path)["points"] == 0    # an answer without an end

@@ -11,7 +11,7 @@ import flow_matching as fm
 import sga
 import toy_data
 import train
-from results import prediction, regimes, yardsticks
+from results import prediction, regimes, step_noise, yardsticks
 
 TINY = {"pixels": 8, "width": 24, "depth": 1, "batch": 4, "pretrain_steps": 2, "roots": 4,
         "eval_images": 6, "sample_steps": 1, "warmup": 2, "smallest_object": 0.24}
@@ -109,6 +109,21 @@ def test_the_arm_decides_the_noise_levels_and_weights_of_a_prediction():
     assert macro > medians("baseline")[0] > micro
     weight = prediction.samples_of(run, sga.ARMS["min_snr"], 20, 2)[2]
     assert weight.min() < 0.9 and weight.max() == 1
+
+
+@pytest.mark.parametrize("scheme", ["tuple", "min_snr"])
+def test_the_square_of_drawn_steps_is_the_predicted_one(scheme):
+    """Eq. 23: the gradients of the steps that training would take, against M."""
+    run = begun(rank=2, tuples=1, finetune_steps=200)
+    weights = [weight.clone() for weight in run.model.parameters()]
+    found = step_noise.look(run, scheme, 200, 40)
+    # The prediction is a mean over 40 samples of each view, and scatters about as much.
+    allowed = 6 * found["standard_error"]
+    assert abs(found["predicted"] - found["measured"]) < allowed < 0.5 * found["measured"]
+    assert found["mean_square"] < found["measured"]
+    unscaled = found["predicted"] * (3 * 8**2 / 2) ** 2
+    assert abs(unscaled - found["measured"]) > allowed                 # twin: M in place of the loss
+    assert all(torch.equal(one, other) for one, other in zip(weights, run.model.parameters()))
 
 
 # --- Yardsticks -----------------------------------------------------------------------------------

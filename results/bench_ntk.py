@@ -117,6 +117,8 @@ def seconds_of(work, device):
 
 
 def in_a_process(work, device, pipe):
+    # OpenMP's other threads do not outlive a fork, and whoever waits for them waits for ever.
+    torch.set_num_threads(1)
     before = peak_memory()
     seconds = seconds_of(work, device)
     pipe.send((seconds, peak_memory() - before))

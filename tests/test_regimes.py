@@ -122,7 +122,7 @@ def test_the_square_of_drawn_steps_is_the_predicted_one(scheme):
     assert abs(found["predicted"] - found["measured"]) < allowed < 0.5 * found["measured"]
     assert found["mean_square"] < found["measured"]
     unscaled = found["predicted"] * (3 * 8**2 / 2) ** 2
-    assert abs(unscaled - found["measured"]) > allowed                 # twin: M in place of the loss
+    assert abs(unscaled - found["measured"]) > allowed                 # twin: unscaled
     assert all(torch.equal(one, other) for one, other in zip(weights, run.model.parameters()))
 
 

@@ -1,0 +1,310 @@
+"""What the rows of the second study say: tables and figures, from the rows alone.
+
+    python results/regimes_report.py
+
+An effect is an arm minus the baseline of the same regime, network and seed. Its interval is the t
+interval over the seeds; the bootstrap's, which is too narrow for few seeds, stands beside it.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+if __name__ == "__main__":
+    # Not this folder first: its tabulate.py would hide a library of that name.
+    sys.path[0] = str(ROOT)
+
+from matplotlib.figure import Figure  # noqa: E402
+
+from results import regimes, step_noise, yardsticks  # noqa: E402
+from results.study_statistics import mean_interval  # noqa: E402
+
+RESULTS = ROOT / "results"
+TABLES = RESULTS / "regimes_tables.md"
+NAMES = {"dit": "DiT", "unet": "U-Net"}
+COLOURS = {"dit": "#0072b2", "unet": "#d55e00"}
+
+# The 97.5% quantile of Student's t, by the number of values.
+QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
+             10: 2.262}
+
+REGIME_TITLES = {"paper": "all views, rank 4,\n1 tuple (paper-like)",
+                 "macro_base": "macro base",
+                 "all_weights": "all weights",
+                 "eight_tuples": "8 tuples"}
+ARM_TITLES = {"sga": "SGA", "sga-short": "SGA, 2/3 of the images", "tuple": "root tuples, 1/K_g",
+              "tuple_max": "root tuples, 1/K_max", "stratified": "stratified, 1/K_g",
+              "quiet": "quiet tuples", "offsets": "offsets", "flipped": "flipped offsets",
+              "min_snr": "Min-SNR, epsilon", "min_snr_velocity": "Min-SNR, velocity"}
+
+
+# --- Measures of one run --------------------------------------------------------------------------
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def fit(row):
+    return mean(mean(row["fit"][view]) for view in yardsticks.VIEWS)
+
+
+def generalisation(row):
+    return regimes.generalisation(row)
+
+
+def held_out(row):
+    return regimes.generalisation(row, "held_out")
+
+
+def reader(what, scale, split="seen"):
+    """The measure: a share that the reader finds, the mean over the granularities."""
+    def measure(row):
+        return mean(row["reader"][f"{split} {view} {scale:g}"][what] for view in yardsticks.VIEWS)
+    return measure
+
+
+def structure(row):
+    """What the paper calls structural integrity: layout and shape of whole scenes, guidance 2."""
+    found = row["reader"]["seen macro 2"]
+    return min(found["layout"], found["shape_colour"])
+
+
+# A yardstick: its measure, and whether its effect is a change in percent or in points.
+YARDSTICKS = {"fit": (fit, "%"), "generalisation": (generalisation, "%"),
+              "held-out captions": (held_out, "%"),
+              "joint, guidance 1": (reader("joint", 1), "points"),
+              "joint, guidance 2": (reader("joint", 2), "points"),
+              "layout and shape": (structure, "points")}
+
+
+# --- Effects --------------------------------------------------------------------------------------
+
+def table_of(rows, regime, model):
+    """{(arm, seed): row} of one regime and network, without the rows that chose the rate."""
+    found = {}
+    for row in rows:
+        if (row["regime"], row["model"]) == (regime, model) and row["seed"] in regimes.SEEDS:
+            found[row["arm"], row["seed"]] = row
+    return found
+
+
+def effects(table, arm, yardstick):
+    """One number for each seed that has both: the arm against the baseline."""
+    measure, unit = YARDSTICKS[yardstick]
+    found = []
+    for seed in regimes.SEEDS:
+        if (arm, seed) in table and ("baseline", seed) in table:
+            own, other = measure(table[arm, seed]), measure(table["baseline", seed])
+            change = own / other - 1 if unit == "%" else own - other
+            found.append(100 * change)
+    return found
+
+
+def t_interval(values):
+    """(mean, low, high): the 95% interval of a mean of normal values."""
+    n, centre = len(values), mean(values)
+    variance = sum((value - centre) ** 2 for value in values) / (n - 1)
+    half = QUANTILES[n] * math.sqrt(variance / n)
+    return centre, centre - half, centre + half
+
+
+def predicted_squares(table, arm):
+    """By seed: E|ghat|^2 of the arm over that of the baseline, predicted from the base's M."""
+    ratios = []
+    for seed in regimes.SEEDS:
+        if (arm, seed) in table and ("baseline", seed) in table:
+            own = table[arm, seed]["predicted"]["square"]
+            ratios.append(own / table["baseline", seed]["predicted"]["square"])
+    return ratios
+
+
+def predicted_rates(table, arm, view):
+    """By seed, in percent: how much faster the arm's first steps lower the loss of a granularity.
+
+    Steps are compared at equal length in expectation: rates are divided by |E ghat|.
+    """
+    changes = []
+    for seed in regimes.SEEDS:
+        if (arm, seed) in table and ("baseline", seed) in table:
+            rates = []
+            for name in (arm, "baseline"):
+                predicted = table[name, seed]["predicted"]
+                rates.append(predicted["rates"][view] / math.sqrt(predicted["mean_square"]))
+            changes.append(100 * (rates[0] / rates[1] - 1))
+    return changes
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+def text_of(values, form="+.1f"):
+    """Such as "+2.3 (+1.4 to +3.1)"; the interval needs two values or more."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:{form}} (one seed)"
+    centre, low, high = t_interval(values)
+    return f"{centre:{form}} ({low:{form}} to {high:{form}})"
+
+
+def effect_table(rows, regime, model):
+    """The lines of a table: every arm of a regime and network, every yardstick."""
+    table = table_of(rows, regime, model)
+    units = [f"{name} ({unit})" for name, (_, unit) in YARDSTICKS.items()]
+    lines = ["| arm | seeds | " + " | ".join(units) + " |",
+             "|---|---|" + "---|" * len(units)]
+    baselines = [row for (arm, _), row in table.items() if arm == "baseline"]
+    if not baselines:
+        return []
+    own = []
+    for measure, unit in YARDSTICKS.values():
+        value = mean(measure(row) for row in baselines)
+        own.append(f"{1000 * value:.1f}/1000" if unit == "%" else f"{value:.1%}")
+    lines.append(f"| baseline itself | {len(baselines)} | " + " | ".join(own) + " |")
+    for arm in regimes.ARMS[model][1:]:
+        seeds = len(effects(table, arm, "fit"))
+        if seeds:
+            cells = [text_of(effects(table, arm, name)) for name in YARDSTICKS]
+            lines.append(f"| {ARM_TITLES[arm]} | {seeds} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def bootstrap_table(rows, regime, model):
+    """The lines of a table: the same effects on fit and generalisation by bootstrap."""
+    table = table_of(rows, regime, model)
+    lines = ["| arm | fit (%) | generalisation (%) |", "|---|---|---|"]
+    for arm in regimes.ARMS[model][1:]:
+        cells = []
+        for name in ("fit", "generalisation"):
+            values = effects(table, arm, name)
+            if len(values) > 1:
+                centre, low, high = mean_interval(values)
+                cells.append(f"{centre:+.1f} ({low:+.1f} to {high:+.1f})")
+        if cells:
+            lines.append(f"| {ARM_TITLES[arm]} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def prediction_table(rows, regime, model):
+    """The lines of a table: what M of the base said before the arms were trained."""
+    table = table_of(rows, regime, model)
+    lines = ["| arm | E\\|ĝ\\|² over the baseline's | macro (%) | meso (%) | micro (%) |",
+             "|---|---|---|---|---|"]
+    for arm in regimes.ARMS[model][1:]:
+        ratios = predicted_squares(table, arm)
+        if ratios and arm != "sga-short":
+            cells = [text_of(ratios, ".3f")]
+            cells += [text_of(predicted_rates(table, arm, view)) for view in yardsticks.VIEWS]
+            lines.append(f"| {ARM_TITLES[arm]} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def rate_lines(rows, regime, model):
+    """The lines of a table: the baseline's error at each learning rate that was tried."""
+    lines = ["| learning rate | generalisation, seed of the choice |", "|---|---|"]
+    for row in rows:
+        if (row["regime"], row["model"]) == (regime, model) \
+                and row["seed"] == regimes.CHOOSING_SEED:
+            lines.append(f"| {row['rate']:g} | {1000 * generalisation(row):.1f}/1000 |")
+    return lines
+
+
+def tables(rows):
+    """The text of regimes_tables.md."""
+    lines = ["# The second study: tables", "",
+             "Written by `python results/regimes_report.py` from `regimes.jsonl`. An effect is an "
+             "arm minus the baseline of the same seed, with its t interval.", ""]
+    for regime in regimes.REGIMES:
+        for model, name in NAMES.items():
+            if not table_of(rows, regime, model):
+                continue
+            lines += [f"## {regime}, {name}", "", "Effects:", ""]
+            lines += effect_table(rows, regime, model) + [""]
+            lines += ["Predicted from M of the base. The rates are those of equally long steps, "
+                      "by granularity:", ""]
+            lines += prediction_table(rows, regime, model) + [""]
+            lines += ["The same effects by bootstrap, too narrow for few seeds:", ""]
+            lines += bootstrap_table(rows, regime, model) + [""]
+            lines += ["The choice of the learning rate:", ""]
+            lines += rate_lines(rows, regime, model) + [""]
+    return "\n".join(lines)
+
+
+# --- Figures --------------------------------------------------------------------------------------
+
+def draw_effects(rows, yardstick, file):
+    """Every arm's effect in every regime, one panel for each regime."""
+    figure = Figure(figsize=(16, 10), layout="constrained")
+    axes = figure.subplots(1, len(regimes.REGIMES), sharey=True, sharex=True)
+    arms = list(ARM_TITLES)
+    for axis, regime in zip(axes, regimes.REGIMES):
+        for shift, model in ((-0.15, "dit"), (0.15, "unet")):
+            table = table_of(rows, regime, model)
+            for place, arm in enumerate(arms):
+                values = effects(table, arm, yardstick)
+                if len(values) < 2:
+                    continue
+                centre, low, high = t_interval(values)
+                height = place + shift
+                axis.plot([low, high], [height, height], color=COLOURS[model], linewidth=3)
+                axis.plot(centre, height, "o", color=COLOURS[model], markersize=10)
+        axis.axvline(0, color="black", linewidth=1)
+        axis.set_title(REGIME_TITLES[regime], fontsize=22)
+        axis.tick_params(labelsize=21)
+    axes[0].set_yticks(range(len(arms)), [ARM_TITLES[arm] for arm in arms], fontsize=22)
+    axes[0].invert_yaxis()
+    unit = YARDSTICKS[yardstick][1]
+    better = "left is better" if unit == "%" else "right is better"
+    figure.supxlabel(f"{yardstick}: change against the baseline ({unit}; {better})", fontsize=23)
+    for model, name in NAMES.items():
+        axes[-1].plot([], [], "o-", color=COLOURS[model], label=name, linewidth=3, markersize=10)
+    axes[-1].legend(fontsize=21, loc="lower right")
+    figure.savefig(file, dpi=64)
+
+
+def draw_step_noise(rows, file):
+    """Predicted against measured squares of a step, each over the baseline's there."""
+    figure = Figure(figsize=(11, 10), layout="constrained")
+    axis = figure.subplots()
+    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",
+               "#999999"]
+    baselines = {}
+    for row in rows:
+        if row["scheme"] == "baseline":
+            baselines[row["model"], row["regime"], row["step"]] = row
+    for scheme, colour in zip(step_noise.SCHEMES[1:], colours):
+        points = [row for row in rows if row["scheme"] == scheme]
+        for row in points:
+            base = baselines[row["model"], row["regime"], row["step"]]
+            x = row["predicted"] / base["predicted"]
+            y = row["measured"] / base["measured"]
+            relative = row["standard_error"] / row["measured"]
+            base_relative = base["standard_error"] / base["measured"]
+            error = 2 * y * math.hypot(relative, base_relative)
+            axis.errorbar(x, y, error, color=colour, fmt="o", markersize=9, linewidth=2)
+        axis.plot([], [], "o", color=colour, markersize=9, label=ARM_TITLES[scheme])
+    low, high = axis.get_xlim()
+    axis.plot([low, high], [low, high], color="black", linewidth=1)
+    axis.set_title("M predicts how long a training step is", fontsize=26)
+    axis.set_xlabel("predicted E|ĝ|², over the baseline's", fontsize=22)
+    axis.set_ylabel("measured in training steps, over the baseline's", fontsize=22)
+    axis.tick_params(labelsize=21)
+    axis.legend(fontsize=21)
+    figure.savefig(file, dpi=80)
+
+
+def main():
+    rows = regimes.read_rows()
+    TABLES.write_text(tables(rows) + "\n", encoding="utf-8")
+    figures = {"regimes_generalisation.png": "generalisation", "regimes_fit.png": "fit",
+               "regimes_joint.png": "joint, guidance 2"}
+    for name, yardstick in figures.items():
+        draw_effects(rows, yardstick, RESULTS / name)
+    draw_step_noise(step_noise.read_rows(), RESULTS / "step_noise.png")
+    print("written:", json.dumps([TABLES.name, *figures, "step_noise.png"]))
+
+
+if __name__ == "__main__":
+    main()

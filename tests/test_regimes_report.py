@@ -1,0 +1,98 @@
+"""The tables and figures of the second study: right for rows whose effects are known."""
+
+import math
+
+import pytest
+import torch
+
+from results import regimes, regimes_report, step_noise, yardsticks
+
+SEEDS = (1, 2, 3)
+
+
+def row_of(regime, model, arm, seed, error=0.1, joint=0.5, square=1.0, rate=1.0):
+    """A row whose every error, share and prediction is as named."""
+    shares = {name: joint for name in yardsticks.READ}
+    splits = [f"{split} {view}" for split in yardsticks.SPLITS for view in yardsticks.VIEWS]
+    reader = {f"{key} {scale:g}": shares for key in splits for scale in yardsticks.GUIDANCE}
+    rates = dict.fromkeys(yardsticks.VIEWS, rate)
+    return {"regime": regime, "model": model, "arm": arm, "seed": seed, "rate": 1e-3,
+            "fit": dict.fromkeys(yardsticks.VIEWS, [error] * 3),
+            "generalisation": dict.fromkeys(splits, [error] * 3), "reader": reader,
+            "predicted": {"square": square, "mean_square": 0.25, "rates": rates}}
+
+
+@pytest.fixture
+def rows():
+    """SGA has 2, 3 and 4% more error than the baseline, and a tenth more samples that are right."""
+    found = []
+    for seed, percent in zip(SEEDS, (2, 3, 4)):
+        base = 0.1 * seed                      # seeds differ more than arms
+        found.append(row_of("paper", "dit", "baseline", seed, base, 0.5, 2.0))
+        worse = base * (1 + percent / 100)
+        found.append(row_of("paper", "dit", "sga", seed, worse, 0.6, 2.5, 1.1))
+    found.append(row_of("paper", "dit", "baseline", regimes.CHOOSING_SEED, 0.2))
+    return found
+
+
+def test_effects_are_paired_by_seed(rows):
+    table = regimes_report.table_of(rows, "paper", "dit")
+    assert len(table) == 6                                             # the choosing seed is none
+    assert regimes_report.effects(table, "sga", "fit") == pytest.approx([2, 3, 4])
+    points = regimes_report.effects(table, "sga", "joint, guidance 2")
+    assert points == pytest.approx([10, 10, 10])
+    assert regimes_report.predicted_squares(table, "sga") == pytest.approx([1.25] * 3)
+    assert regimes_report.predicted_rates(table, "sga", "micro") == pytest.approx([10] * 3)
+    without = {key: row for key, row in table.items() if key != ("baseline", 2)}
+    assert regimes_report.effects(without, "sga", "fit") == pytest.approx([2, 4])
+
+
+def density(x, freedom):
+    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    flat = math.exp(scale) / math.sqrt(freedom * math.pi)
+    return flat * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
+
+
+@pytest.mark.parametrize("n", regimes_report.QUANTILES)
+def test_the_quantiles_cut_off_a_fortieth_of_students_t(n):
+    quantile = regimes_report.QUANTILES[n]
+    x = torch.linspace(0, quantile, 20_001, dtype=torch.float64)
+    inside = torch.trapezoid(density(x, n - 1), x).item()
+    assert inside == pytest.approx(0.475, abs=1e-4)
+
+
+def test_an_interval_covers_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(4000, 5, generator=generator, dtype=torch.float64)
+    covered = 0
+    for values in samples.tolist():
+        _, low, high = regimes_report.t_interval(values)
+        covered += low < 0 < high
+    # Four standard deviations of a share of 4000.
+    assert covered / 4000 == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 4000))
+
+
+def test_the_tables_hold_what_the_rows_say(rows):
+    text = regimes_report.tables(rows)
+    assert "## paper, DiT" in text and "U-Net" not in text
+    effect = next(line for line in text.splitlines() if line.startswith("| SGA | 3 |"))
+    assert "+3.0 (+0.5 to +5.5)" in effect and "+10.0 (+10.0 to +10.0)" in effect
+    assert "1.250 (1.250 to 1.250)" in text
+    assert "| 0.001 | 200.0/1000 |" in text
+
+
+def test_the_figures_are_drawn_from_whatever_rows_there_are(rows, tmp_path):
+    regimes_report.draw_effects(rows, "fit", tmp_path / "fit.png")
+    noises = []
+    for scheme, predicted in (("baseline", 1.0), ("tuple", 1.2)):
+        noises.append({"model": "dit", "regime": "paper", "step": 0, "scheme": scheme,
+                       "predicted": predicted, "measured": predicted, "standard_error": 0.01})
+    regimes_report.draw_step_noise(noises, tmp_path / "noise.png")
+    for name in ("fit.png", "noise.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_every_arm_of_the_study_has_a_name_for_its_reader():
+    arms = {arm for arms in regimes.ARMS.values() for arm in arms} | set(step_noise.SCHEMES)
+    assert arms - {"baseline"} == set(regimes_report.ARM_TITLES)
+    assert set(regimes.REGIMES) == set(regimes_report.REGIME_TITLES)

@@ -17,8 +17,9 @@ from torch import nn
 def with_defaults(x, t, tokens, size):
     """t (N,) and tokens (N, L) for x (N, *size); ValueError for what does not fit to x.
 
-    t may be one number for all samples. tokens=None is the caption of a single 0, for a network
-    that has no condition. No value is read, since that would make a GPU wait for its host.
+    t may be one number for all samples. tokens=None is the null caption of one word, for a network
+    that has no condition: an empty caption (N, 0) would leave attention nothing to attend to.
+    No value is read, since that would make a GPU wait for its host.
     """
     if tuple(x.shape[1:]) != size:
         allowed = ", ".join(map(str, size))
@@ -32,7 +33,8 @@ def with_defaults(x, t, tokens, size):
     if tokens is None:
         tokens = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
     if tokens.dim() != 2 or len(tokens) != len(x) or tokens.shape[1] == 0:
-        raise ValueError(f"tokens must be ({len(x)}, L), like x, not {tuple(tokens.shape)}")
+        raise ValueError(f"tokens must be ({len(x)}, L), like x, and class labels ({len(x)}, 1), "
+                         f"not {tuple(tokens.shape)}")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"tokens must be whole numbers (int64 or int32), not {tokens.dtype}")
     return t, tokens
@@ -214,9 +216,18 @@ def unpatchify(x, patch):
 class DiT(nn.Module):
     """x (N, 3, pixels, pixels), t (N,), tokens (N, L) -> velocity like x, which is zero at first.
 
-    t may be one number for all; without tokens there is no condition. `image_channels` is 3 or
-    another number of channels of x. Raises ValueError if patch does not divide pixels, if width is
-    not a multiple of 4 and of heads, and for inputs of other shapes.
+    t may be one number for all. `image_channels` is 3 or another number of channels of x, such as
+    1 for grey images, or 4 for the latents of an autoencoder. Raises ValueError if patch does not
+    divide pixels, if width is not a multiple of 4 and of heads, and for inputs of other shapes.
+
+    Class labels are captions of one word: class k is the word k + 1, as 0 is the null caption.
+    With tokens=None every sample has the null caption, and the network has no condition.
+
+    Example, for digits of 28 x 28 grey pixels in ten classes (`import torch, dit`):
+        model = dit.DiT(vocabulary=11, pixels=28, image_channels=1)
+        x, digits = torch.randn(5, 1, 28, 28), torch.tensor([0, 1, 5, 9, 9])
+        v = model(x, t=0.5, tokens=1 + digits[:, None])           # (5, 1, 28, 28)
+        v = model(x, t=torch.rand(5))                             # (5, 1, 28, 28)
     """
 
     def __init__(self, vocabulary, pixels=24, patch=4, width=96, depth=4, heads=4,

@@ -8,7 +8,8 @@ rectified flow are the same method.
 
 Every function takes x0, e and x as (N, ...), and t as one number, as (N,) or as
 (N, 1). A shape that does not fit raises ValueError: nothing broadcasts silently.
-Run `python flow_matching.py` for a picture.
+Run `python flow_matching.py` for a picture. The examples below take their names
+from `import torch, flow_matching as fm`.
 """
 
 import math
@@ -47,6 +48,13 @@ def loss(model, x0, e, t, tokens):
     """(N,) |r_i|^2 / D (Eq. 3).
 
     Its mean over the samples is 2/D times L = 1/(2N) sum_i |r_i|^2.
+
+    Example, of a network without captions:
+        network = torch.nn.Linear(3, 2)
+        def model(x, t, tokens):
+            return network(torch.cat([x, t[:, None]], 1))
+        x0, e = torch.randn(64, 2), torch.randn(64, 2)
+        each = fm.loss(model, x0, e, torch.rand(64), None)  # (64,)
     """
     r = residual(model, x0, e, t, tokens)               # (N, ...)
     return _flat(r * r).mean(1)
@@ -61,6 +69,12 @@ def guided(model, tokens, scale=1.0):
     (all tokens 0). The scale s = 1 is off. Without captions, tokens is None, and
     there is no guidance. The velocity has the type of x, so that a sampler adds
     up its steps in float32.
+
+    Example, with classes 1 and 2 in place of captions:
+        def model(x, t, tokens):
+            return tokens - x
+        velocity = fm.guided(model, torch.tensor([[1], [2]]), scale=3.0)
+        v = velocity(torch.zeros(2, 1), 0.5)            # (2, 1)
     """
     if not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"the guidance scale must be a finite number, not {scale}")
@@ -104,6 +118,12 @@ def heun(velocity, x, times):
     Half the step leaves a quarter of the error (second order), for two calls of
     the velocity. It also asks for the velocity at times[-1]; the exact velocity
     has none at t = 0.
+
+    Example, from noise to five points:
+        points = torch.randn(5, 2)
+        def velocity(x, t):
+            return fm.exact_velocity(x, t, points)
+        x = fm.heun(velocity, torch.randn(100, 2), torch.linspace(1, 0.01, 50))  # (100, 2)
     """
     times = _times(times, x)                            # (T,)
     for t, t_next in zip(times[:-1], times[1:]):
@@ -118,7 +138,16 @@ def heun(velocity, x, times):
 
 @torch.no_grad()
 def sample(model, tokens, noise, steps, scale=1.0):
-    """(N, ...) an image for each caption, from noise (N, ...) by Heun's method (Eq. 6)."""
+    """(N, ...) an image for each caption, from noise (N, ...) by Heun's method (Eq. 6).
+
+    With tokens None the network is called without captions; the scale must be 1.
+
+    Example:
+        def model(x, t, tokens):
+            return x
+        noise = torch.randn(4, 1, 28, 28)
+        images = fm.sample(model, None, noise, steps=8)  # (4, 1, 28, 28)
+    """
     if not (isinstance(steps, int) and steps >= 1):
         raise ValueError(f"sampling takes a whole number of steps from 1 on, not {steps}")
     times = torch.linspace(1, 0, steps + 1, device=noise.device)  # (T,)
@@ -181,10 +210,15 @@ def posterior(x, t, points, pi=None):
     left to infer.
 
     x is (N, ...). points are (S, ...), or (N, S, ...) with a population for each
-    x. pi is (S,) or (N, S): how often each point occurs, up to a factor. None
-    means equally often.
+    x, which is (N, D) or more then. pi is (S,) or (N, S): how often each point
+    occurs, up to a factor. None means equally often.
     Raises ValueError for other shapes, unless 0 < t <= 1, for an empty
     population, and for a pi that is negative, not finite or all zero.
+
+    Example, in which the last point occurs twice as often:
+        points = torch.randn(3, 2)
+        x = torch.randn(7, 2)
+        w = fm.posterior(x, 0.5, points, pi=[1, 1, 2])  # (7, 3)
     """
     w, _ = _exact(x, t, points, pi)
     return w.to(x.dtype)
@@ -202,7 +236,14 @@ def exact_velocity(x, t, points, pi=None):
     (x - mean image) / t, and samples head for the mean image. Structure appears
     once the weights depend on x.
 
-    Shapes and errors are those of posterior.
+    Shapes and errors are those of posterior. One x alone is a batch of one, x[None].
+
+    Example:
+        points = torch.randn(5, 2)
+        x = torch.randn(7, 2)
+        u = fm.exact_velocity(x, 0.5, points)           # (7, 2)
+        t = torch.linspace(0.1, 1, 7)
+        u = fm.exact_velocity(x, t, points)             # (7, 2)
     """
     _, u_star = _exact(x, t, points, pi)
     return u_star.to(x.dtype).view(x.shape)
@@ -246,11 +287,13 @@ def _posterior_and_velocity(x, t, points, log_pi):
 def _population(points, x):
     """(1 or N, S, D) the points of the samples x, given as (S, ...) or (N, S, ...)."""
     one_for_all = points.dim() == x.dim()
-    own = points.dim() == x.dim() + 1 and len(points) == len(x)
+    # Not for x (N,): a user who forgot that one x alone is x[None] would not notice.
+    own = x.dim() > 1 and points.dim() == x.dim() + 1 and len(points) == len(x)
     of_a_point = points.shape[1:] if one_for_all else points.shape[2:]
     if not (one_for_all or own) or of_a_point != x.shape[1:]:
-        raise ValueError("points must be (S, ...) or (N, S, ...) for samples (N, ...),"
-                         f" not {tuple(points.shape)} for {tuple(x.shape)}")
+        raise ValueError("points must be (S, ...) or (N, S, ...) for samples (N, ...), and one"
+                         " sample alone is x[None]; these are"
+                         f" {tuple(points.shape)} for {tuple(x.shape)}")
     if one_for_all:
         points = points[None]
     if points.shape[1] == 0:
@@ -283,6 +326,12 @@ def loss_floor(x0, e, t, points, pi=None):
 
     Many pairs (x0, e) share one x_t, and v can learn no more than their mean
     velocity u*.
+
+    Example:
+        points = torch.randn(5, 2)
+        x0 = points[torch.randint(5, (1000,))]
+        e = torch.randn(1000, 2)
+        floor = fm.loss_floor(x0, e, 0.5, points)       # (1000,)
     """
     u_star = exact_velocity(path(x0, e, t), t, points, pi)  # (N, ...)
     gap = target(x0, e) - u_star                        # (N, ...)
@@ -329,6 +378,13 @@ def data_interaction_matrix(v, u_g):
     different captions and share no u*, so Omega says nothing between them. They
     interact through the parameters alone, which is the interaction matrix M of
     ntk.py.
+
+    Example, of five points in two groups:
+        points, groups = torch.randn(5, 2), [0, 0, 1, 1, 1]
+        x = torch.randn(7, 2)
+        omega, u_g = fm.group_velocities(x, 0.5, points, groups)
+        v = torch.zeros(7, 2)
+        Omega = fm.data_interaction_matrix(v, u_g)      # (7, 2, 2)
     """
     of_a_group = u_g.shape[:1] + u_g.shape[2:]
     if u_g.dim() != v.dim() + 1 or of_a_group != v.shape:

@@ -17,7 +17,7 @@ of a module. By hand it takes three lines:
         return torch.func.functional_call(model, params, (x[None],))[0]
 
 Run `python ntk.py` for a picture, and `python results/bench_ntk.py` for times and memory beside
-other ways to the same numbers.
+other ways to the same numbers. The examples below take their names from `import torch, ntk`.
 """
 
 import itertools
@@ -39,6 +39,9 @@ def one_linear_layer(a, b):
 
     a (N, I) are the layer's inputs. b (N, O) are its cotangents: b_i is the gradient of
     <r_i, v_i> with respect to the layer's output z_i. For a network of this one layer b_i is r_i.
+
+    Example:
+        M, the_same = ntk.one_linear_layer(torch.randn(5, 3), torch.randn(5, 2))   # (5, 5), (5, 5)
     """
     # By the chain rule, the gradient of sample i with respect to W is the outer product b_i a_i^T.
     g = b[:, :, None] * a[:, None, :]                              # (N, O, I)
@@ -61,6 +64,25 @@ def of_module(model, output=None):
     params are the parameters that require a gradient. If the model returns a dict or a tuple,
     `output` is the key or the index of the tensor that is meant; without it, all its tensors are
     joined to one vector. Raises ValueError for a model whose samples have no gradient of their own.
+
+    Example:
+        f, params = ntk.of_module(torch.nn.Linear(4, 2))
+        x, r = torch.randn(3, 4), torch.randn(3, 2)
+        M = ntk.interaction_matrix(f, params, (x,), r)             # (3, 3)
+
+    Example, of a model with inputs that are given by name, and with an output that is a tuple:
+        attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+        f, params = ntk.of_module(attention, output=0)
+        words = torch.randn(3, 5, 4)
+        inputs = {"query": words, "key": words, "value": words}
+        M = ntk.interaction_matrix(f, params, inputs, residuals=words)     # (3, 3)
+
+    Example, of a model whose output is a dict:
+        class Velocity(torch.nn.Linear):
+            def forward(self, x):
+                return {"velocity": super().forward(x), "x": x}
+        f, params = ntk.of_module(Velocity(4, 2), output="velocity")
+        K = ntk.ntk_blocks(f, params, {"x": torch.randn(3, 4)})    # (3, 3, 2, 2)
     """
     _require_separate_samples(model)
     params = {name: p.detach() for name, p in _trained(model).items()}
@@ -79,6 +101,13 @@ def per_sample_gradients(f, params, inputs, vectors):
     """(N, P) g_i = J_i^T vector_i for vectors (N, *output shape); params in their order (Eq. 10).
 
     Raises ValueError if the numbers of samples differ, or a vector does not fit its output.
+
+    Example, of a function that is no module:
+        def f(params, x):
+            return params["W"] @ x.cos()
+        params = {"W": torch.randn(2, 4)}
+        x, r = torch.randn(3, 4), torch.randn(3, 2)
+        g = ntk.per_sample_gradients(f, params, (x,), r)           # (3, 8)
     """
     _require_as_many(vectors, inputs)
 
@@ -152,7 +181,14 @@ def ntk_blocks(f, params, inputs, chunk=16):
 
 @torch.no_grad()
 def ntk_trace(f, params, inputs, chunk=16):
-    """(N, N) tr K_ij, for `chunk` outputs at once: `chunk` N P numbers of memory (Eq. 11)."""
+    """(N, N) tr K_ij, for `chunk` outputs at once: `chunk` N P numbers of memory (Eq. 11).
+
+    Example:
+        f, params = ntk.of_module(torch.nn.Linear(4, 2))
+        x = torch.randn(3, 4)
+        trace = ntk.ntk_trace(f, params, (x,))                     # (3, 3)
+        moved = ntk.ntk_vector_product(f, params, (x,), torch.randn(3, 2))         # (3, 2)
+    """
     N = _count(inputs)
     v = _outputs(f, params, inputs).reshape(N, -1)                 # (N, D)
     D = v.shape[1]
@@ -319,6 +355,13 @@ def fast_interaction_matrix(model, inputs, residuals, columns=None, check=True):
     batch of N2 samples it is (N, N2): its rows are evaluated, its columns are trained on (Eq. 22).
     It is checked by one backward pass, unless check is False. Raises ValueError where it would be
     wrong, with the layer and, where that can be told, the cause.
+
+    Example, with inputs x, residuals r and a second batch:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        x, r = torch.randn(3, 4), torch.randn(3, 2)
+        M = ntk.fast_interaction_matrix(model, (x,), r)            # (3, 3)
+        columns = ((torch.randn(5, 4),), torch.randn(5, 2))
+        M = ntk.fast_interaction_matrix(model, (x,), r, columns)   # (3, 5)
     """
     rows = _forward(model, inputs, residuals)
     columns = rows if columns is None else _forward(model, *columns)
@@ -697,6 +740,13 @@ def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27, check=True):
 
     `chunk` unit vectors go backward at once, for groups of layers that hold at most `hold` numbers.
     K is checked by M for random vectors, and this M by a backward pass, unless check is False.
+
+    Example, in which the kernel moves while the first layer is scaled:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        inputs = (torch.randn(3, 4),)
+        K_start = ntk.fast_ntk_blocks(model, inputs)               # (3, 3, 2, 2)
+        model[0].weight.data *= 1.1
+        drift = ntk.kernel_drift(ntk.fast_ntk_blocks(model, inputs), K_start)      # ()
     """
     batch = _forward(model, inputs)
     N, D = len(batch.v), batch.v[0].numel()
@@ -825,7 +875,15 @@ def _require_same(K, r, M):
 # L = 1/(2N) sum_i |r_i|^2. (AdamW has an inner product of its own, and signs can change.)
 
 def loss_velocity(M):
-    """dL/dtau = -|grad L|^2 as its two parts: the trace term and the cross terms (Eq. 13)."""
+    """dL/dtau = -|grad L|^2 as its two parts: the trace term and the cross terms (Eq. 13).
+
+    Example, for this and what follows, with random gradients g:
+        g, r = torch.randn(4, 9), torch.randn(4, 3)
+        M = g @ g.T
+        rates = ntk.loss_velocity(M), ntk.sample_velocities(M), ntk.predicted_change(M, eta=0.1)
+        pairs = ntk.cosines(M), ntk.conflict_share(M), ntk.sign_agreement(M, r)
+        noise = ntk.step_noise(M, a=torch.rand(10, 4))
+    """
     N = _require_square(M)
     trace = M.trace()
     cross = M.sum() - trace
@@ -879,6 +937,12 @@ def pairs_by_kind(M, labels, names):
 
     labels is (N, L), a column for each of the L names. A kind of pair is named by all the labels
     that its two samples share, or "nothing". Kinds without a pair are left out.
+
+    Example, with random gradients g:
+        g = torch.randn(4, 9)
+        labels = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])    # (4, 2)
+        for kind, found in ntk.pairs_by_kind(g @ g.T, labels, ("root", "view")).items():
+            print(kind, found["conflict"], found["cosine"])
     """
     N = _require_square(M)
     _require_shape("labels", labels, (N, len(names)))
@@ -903,6 +967,11 @@ def frozen_residuals(K, r, tau):
     It is exact if the kernel stands still. K is applied through its eigenvalues. Those that are
     negative by rounding count as 0, so that no residual grows. Eigenvalues below the precision
     times the largest one are not known, and neither is what their directions do at tau > N / them.
+
+    Example:
+        f, params = ntk.of_module(torch.nn.Linear(4, 2))
+        K = ntk.ntk_blocks(f, params, (torch.randn(3, 4),))        # (3, 3, 2, 2)
+        r = ntk.frozen_residuals(K, torch.randn(3, 2), tau=0.5)    # (3, 2)
     """
     N, D = r.shape
     _require_shape("K", K, (N, N, D, D))

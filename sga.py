@@ -14,7 +14,8 @@ plain mean that an evaluation sees at the mean of these: one factor a, not two
 (tuples), at which noise levels (offsets), and with which weights.
 
 t = 0 is data, t = 1 is noise. A granularity is an index into GRANULARITIES. There
-are V views in all, and n of them in a step. Run `python sga.py` for a picture.
+are V views in all, and n of them in a step. Run `python sga.py` for a picture. The
+examples below take their names from `import torch, sga`.
 """
 
 import contextlib
@@ -41,6 +42,7 @@ def one_sga_step(model, optimizer, loss, x0, tokens, granularity, tuples, genera
 
     In the form for a U-Net, offset_time gets the offsets (0, 0, 0), and a is
     multiplied by min_snr_weight(t, granularity[views]).
+    README.md has an example of the whole method, with a network and images.
     """
     if not len(x0) == len(tokens) == len(granularity):
         raise ValueError(f"there are {len(x0)} views, {len(tokens)} captions"
@@ -73,6 +75,13 @@ def decompose(image, boxes, caption, pixels, largest_iou=0.8, smallest=8, enlarg
     `smallest` pixels, or if it would be enlarged by more than `enlargement`.
     Raises ValueError for an image of another shape, an unknown granularity, and a
     box that is empty or reaches outside the image.
+
+    Example:
+        image = torch.rand(3, 60, 90)
+        boxes = {"meso": (20, 10, 70, 50), "micro": (40, 20, 60, 40)}
+        views = sga.decompose(image, boxes, "a cat on a chair", pixels=32)
+        for granularity, view, its_caption in views:
+            print(granularity, view.shape, its_caption)
     """
     if image.dim() != 3:
         raise ValueError(f"an image has the shape (3, H, W), not {tuple(image.shape)}")
@@ -117,6 +126,9 @@ def all_views(sizes, smallest=0.0):
 
     sizes are those of the roots' objects. A root whose object is smaller than
     `smallest` has no micro view, which would be enlarged too much.
+
+    Example:
+        root, granularity = sga.all_views(torch.tensor([0.5, 0.1]), smallest=0.2)  # (5,), (5,)
     """
     roots = torch.arange(len(sizes), device=sizes.device)
     three = torch.arange(3, device=sizes.device)
@@ -131,10 +143,15 @@ def root_tuples(root, generator):
     """[(K_g,)] the tuples of one epoch: all views of a root, the roots in random order (Eq. 18).
 
     root (V,) gives each view the number of its root. No tuple is ever broken, and
-    every epoch has tuples of its own. The list is what a DataLoader takes as its
-    batch_sampler:
-        loader = DataLoader(views, batch_sampler=root_tuples(root, generator))
-    root and the generator are on the CPU. Raises ValueError if there is no view.
+    every epoch has tuples of its own. root and the generator are on the CPU.
+    Raises ValueError if there is no view, and for roots that are no whole numbers.
+
+    Example, in which a DataLoader's batches are the root tuples of one epoch:
+        root, generator = torch.tensor([0, 0, 1, 1, 1]), torch.Generator().manual_seed(0)
+        views = torch.utils.data.TensorDataset(torch.rand(5, 3, 8, 8), root)
+        tuples = sga.root_tuples(root, generator)
+        for x0, of_root in torch.utils.data.DataLoader(views, batch_sampler=tuples):
+            print(len(x0), "views of root", of_root[0])
     """
     root = _labels(root, "root")                        # (V,)
     roots = torch.unique(root)
@@ -148,6 +165,11 @@ def traded(tuples, labels, generator):
     Only views of equal label (V,) trade. With granularities as labels a tuple
     keeps its granularities, but not its root. If all labels are equal it keeps
     nothing but its size.
+
+    Example:
+        generator = torch.Generator().manual_seed(0)
+        tuples = sga.root_tuples([0, 0, 1, 1, 2, 2], generator)
+        stratified = sga.traded(tuples, [0, 1, 0, 1, 0, 1], generator)
     """
     labels = _labels(labels, "labels")                  # (V,)
     used = set(torch.cat(tuples).tolist()) if tuples else set()
@@ -169,6 +191,11 @@ def in_conflict(tuples, products):
     Of all pairs of views whose trade lowers the sum of products within tuples,
     the best trades first, until there is none. The step is then quieter: its
     expected gradient is unchanged, and its E|ghat|^2 is smaller (Eq. 23).
+
+    Example, with random gradients g:
+        g = torch.randn(6, 20)
+        tuples = sga.root_tuples([0, 0, 1, 1, 2, 2], torch.Generator().manual_seed(0))
+        quieter = sga.in_conflict(tuples, products=g @ g.T)
     """
     view = torch.cat(tuples)                            # (n,)
     if products.shape != (len(products),) * 2 or not view.max() < len(products):
@@ -202,8 +229,16 @@ def _places_in_conflict(root, products):
     return place
 
 
+def _numbers(labels, name):
+    """The labels as a tensor. Words are refused in a sentence that says so."""
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be whole numbers, and no words or lists") from None
+
+
 def _labels(labels, name):
-    labels = torch.as_tensor(labels)
+    labels = _numbers(labels, name)
     if labels.dim() != 1 or len(labels) == 0 or labels.is_floating_point():
         raise ValueError(f"{name} must be whole numbers (V,), one for each view and at least one,"
                          f" not {labels.dtype} of the shape {tuple(labels.shape)}")
@@ -220,6 +255,9 @@ def tuple_weights(sizes, scaling="root", k_max=3):
     In the geometry M_ij is multiplied by a_i a_j in the weighted loss, by a_j elsewhere (Eq. 21).
     Raises ValueError for another scaling, for no tuple, and unless a tuple has 1
     to k_max views.
+
+    Example:
+        a = sga.tuple_weights([3, 2, 3])                # (8,)
     """
     if scaling not in ("root", "view"):
         raise ValueError(f'the scaling must be "root" or "view", not {scaling!r}')
@@ -243,6 +281,13 @@ def deferred_backward(losses, sub_batches, quiet=contextlib.nullcontext):
 
     quiet() is entered for all of them but the last. On several GPUs it is the
     no_sync of DistributedDataParallel, so that gradients are exchanged once.
+
+    Example, with a regression in place of a network of velocities:
+        network, x, y = torch.nn.Linear(4, 1), torch.randn(8, 4), torch.randn(8, 1)
+        def losses(x, y):
+            return (network(x) - y).square().mean(1)
+        a = torch.full((4,), 1 / 8)
+        total = sga.deferred_backward(losses, [((x[:4], y[:4]), a), ((x[4:], y[4:]), a)])  # ()
     """
     sub_batches = list(sub_batches)
     if not sub_batches:
@@ -270,20 +315,25 @@ def offset_time(granularity, generator, offsets=OFFSETS, mean=0.0, std=1.0, shif
     """(n,) t = sigmoid(z), z ~ N(mean + mu, std^2), then t' = s t / (1 + (s - 1) t) (Eq. 19).
 
     granularity (n,) indexes the offsets mu: with those of the paper, macro views
-    see more noise and micro views less. s is the resolution shift; s > 1 favours
-    noise, as larger images need, and s = 1 is off. The median of t is
-    sigmoid(mean + mu), shifted.
+    see more noise and micro views less. Labels of your own have offsets of their
+    own in a dict. s is the resolution shift; s > 1 favours noise, as larger images
+    need, and s = 1 is off. The median of t is sigmoid(mean + mu), shifted.
     Raises ValueError unless the shift is positive and the std not negative, and
     for a granularity without an offset. On a GPU such a granularity has t = nan
     instead: to look for it, the program would have to wait for the GPU in every
     step.
+
+    Example:
+        generator = torch.Generator().manual_seed(0)
+        t = sga.offset_time([0, 1, 2, 2], generator)    # (4,)
+        t = sga.offset_time([7, 3, 3], generator, offsets={3: 0.5, 7: -0.5})  # (3,)
     """
     if not 0 < shift < math.inf:
         raise ValueError(f"the resolution shift must be positive and finite, not {shift}")
     if not (0 <= std < math.inf and math.isfinite(mean)):
         raise ValueError("the law of t needs a finite mean, and a finite std that is not"
                          f" negative, not {mean} and {std}")
-    granularity = torch.as_tensor(granularity)          # (n,)
+    granularity = _numbers(granularity, "the granularity")  # (n,)
     if generator.device.type != granularity.device.type:
         raise ValueError(f"the generator is on {generator.device}, the granularity on"
                          f" {granularity.device}; they must be on one device")
@@ -298,19 +348,23 @@ def offset_time(granularity, generator, offsets=OFFSETS, mean=0.0, std=1.0, shif
 def min_snr_weight(t, granularity, gammas=GAMMAS, form="epsilon"):
     """(n,) min(SNR, gamma) / SNR with SNR = ((1 - t)/t)^2, for t in [0, 1] (Eq. 20).
 
-    granularity (n,) indexes the gammas. t is (n,), or one number. The weight is 1
-    for t > 1/(1 + sqrt(gamma)), and falls to 0 towards the data. This is the form
-    for a loss on e, which the authors' code uses on a velocity loss. The form
-    "velocity" is min(SNR, gamma) / (SNR + 1): the same weight carried over to a
-    loss on v (on this path up to the factor (1 - t)^2 + t^2). It is below 1 at
-    every t.
+    granularity (n,) indexes the gammas, or labels of your own have theirs in a
+    dict. t is (n,), or one number. The weight is 1 for t > 1/(1 + sqrt(gamma)),
+    and falls to 0 towards the data. This is the form for a loss on e, which the
+    authors' code uses on a velocity loss. The form "velocity" is
+    min(SNR, gamma) / (SNR + 1): the same weight carried over to a loss on v (on
+    this path up to the factor (1 - t)^2 + t^2). It is below 1 at every t.
     Raises ValueError for another form, for t outside [0, 1] or nan, and for a
     granularity without a gamma. On a GPU the weight is nan in the last two cases:
     to look for them, the program would have to wait for the GPU in every step.
+
+    Example:
+        a = sga.min_snr_weight(torch.rand(4), [0, 1, 2, 2])  # (4,)
+        a = sga.min_snr_weight(0.2, [7, 3, 3], gammas={3: 4.0, 7: 6.0})  # (3,)
     """
     if form not in ("epsilon", "velocity"):
         raise ValueError(f'the form must be "epsilon" or "velocity", not {form!r}')
-    granularity = torch.as_tensor(granularity)          # (n,)
+    granularity = _numbers(granularity, "the granularity")  # (n,)
     t = torch.as_tensor(t, device=granularity.device)
     t = t.expand(granularity.shape) if t.dim() == 0 else t
     if t.shape != granularity.shape:
@@ -329,18 +383,29 @@ def min_snr_weight(t, granularity, gammas=GAMMAS, form="epsilon"):
 
 
 def _of_each(granularity, values):
-    """(n,) values[granularity]; nan where there is no such value, which a CPU refuses."""
+    """(n,) values[granularity]; nan where there is no such value, which a CPU refuses.
+
+    values is a sequence, or a dict of whole numbers and their values.
+    """
     if granularity.dim() != 1:
         raise ValueError(f"the granularity must be (n,), not {tuple(granularity.shape)}")
+    if isinstance(values, dict):
+        words = [label for label in values if not isinstance(label, int)]
+        if words:
+            raise ValueError(f"the labels must be whole numbers, not {words[0]!r}")
+        rule = f"a granularity must be one of {', '.join(map(str, values))}"
+        value_of = values
+    else:
+        rule = f"a granularity must be one of 0..{len(values) - 1}"
+        value_of = dict(enumerate(values))
     each = torch.full(granularity.shape, torch.nan, device=granularity.device)
     known = torch.zeros_like(each, dtype=torch.bool)    # (n,)
     # No table of the values is indexed, since a GPU would wait for it to be
     # copied, every time.
-    for index, value in enumerate(values):
-        this = granularity == index                     # (n,)
+    for label, value in value_of.items():
+        this = granularity == label                     # (n,)
         each = torch.where(this, value, each)           # (n,)
         known = known | this                            # (n,)
-    rule = f"a granularity must be one of 0..{len(values) - 1}"
     _refuse_on_a_cpu(granularity, known, rule)
     return each
 
@@ -360,6 +425,12 @@ def measured_offsets(M, granularity, t):
     mu is the mean of logit t over the levels, weighted with the cosine of the
     two. A level whose gradient hurts the batch has no weight. A granularity that
     helps at no level has mu = 0.
+
+    Example, with random gradients g:
+        g = torch.randn(6, 20)
+        t = torch.tensor([0.2, 0.8]).repeat(3)          # (6,)
+        granularity = torch.tensor([0, 0, 1, 1, 2, 2])
+        mu = sga.measured_offsets(g @ g.T, granularity, t)  # (3,)
     """
     N = len(t)
     if M.shape != (N, N) or t.shape != (N,) or granularity.shape != (N,):
@@ -461,6 +532,12 @@ def plan(root, granularity, arm, tuples_per_step, steps, seed, products=None):
     `join` makes one large step of several. An arm whose tuples are chosen by
     conflict is planned twice: like the baseline, until the products (V, V) of
     in_conflict are known.
+
+    Example, with two roots of three views each:
+        root, granularity = sga.all_views(torch.ones(2))
+        arm = sga.method("tuple", "dit")
+        for views, weights in sga.plan(root, granularity, arm, 1, steps=4, seed=0):
+            print("a step sees the views", views, "with the weights", weights)
     """
     if tuples_per_step < 1:
         raise ValueError(f"a step has 1 tuple or more, not {tuples_per_step}")
@@ -495,7 +572,12 @@ def plan(root, granularity, arm, tuples_per_step, steps, seed, products=None):
 
 
 def whole_scenes(views, root, granularity):
-    """(n,) for each of the views (n,) the macro view of its root."""
+    """(n,) for each of the views (n,) the macro view of its root.
+
+    Example:
+        root, granularity = sga.all_views(torch.ones(2))
+        macro = sga.whole_scenes(torch.tensor([1, 5]), root, granularity)  # (2,)
+    """
     macro = torch.nonzero(granularity == 0)[:, 0]       # (R,)
     same_root = root[views][:, None] == root[macro]     # (n, R)
     if not (same_root.sum(1) == 1).all():

@@ -349,6 +349,7 @@ def calls_of_sga(b):
     views = sga.decompose(image, boxes, "a caption", 4, smallest=1)
     _, meso, _ = views[1]
     return {
+        "all_views": sga.all_views(torch.ones(2, device="cuda")),
         "offset_time": sga.offset_time(b.granularity, b.generator),
         "min_snr_weight": sga.min_snr_weight(b.t, b.granularity),
         "deferred_backward": sga.deferred_backward(losses, sub_batches),
@@ -395,7 +396,8 @@ def calls_of_ntk(b):
 
 
 # What works on lists and numbers of the host: who meets in which step, and the arms.
-ON_THE_HOST = {"root_tuples", "traded", "tuple_weights", "plan", "whole_scenes", "method"}
+ON_THE_HOST = {"root_tuples", "traded", "in_conflict", "tuple_weights", "plan", "whole_scenes",
+               "method"}
 
 
 def public_functions(module):
@@ -505,7 +507,7 @@ def palette_stays(put):
 
 def network_stays(put):
     build = train.build
-    put(train, "build", lambda s: build(dataclasses.replace(s, device="cpu")))
+    put(train, "build", lambda s, step: build(dataclasses.replace(s, device="cpu"), step))
 
 
 def planted_in_run(put, change):

@@ -47,6 +47,8 @@ class Settings:
     precision: str = option("float32", "of the network; path, target and loss are always float32",
                             choices=("float32", "bfloat16"))
     compile: int = option(0, "1: torch.compile the network for training", choices=(0, 1))
+    graph: int = option(0, "1: a CUDA graph repeats the launches of a step, which a slow host "
+                        "would hold up (with one GPU)", choices=(0, 1))
     init: str = option("", "a checkpoint to fine-tune, instead of pretraining")
     # The data.
     pixels: int = option(24, "height and width of an image", 8, 256)
@@ -96,8 +98,9 @@ class Settings:
             stop(f"--probe must be at most --roots, {self.roots}, not {self.probe}")
 
 
-GPU = {"device": "cuda", "precision": "bfloat16", "compile": 1, "pixels": 32, "objects": 2,
-       "width": 192, "batch": 256, "tuples": 64, "lr": 2e-3}
+# A step of either phase has 192 = 3 * 64 views, so that nothing is compiled for a second size.
+GPU = {"device": "cuda", "precision": "bfloat16", "graph": 1, "pixels": 32, "objects": 2,
+       "width": 192, "batch": 192, "tuples": 64, "lr": 2e-3, "every": 2500}
 TINY = {"width": 24, "depth": 1, "roots": 4, "pretrain_steps": 8, "finetune_steps": 4, "batch": 4,
         "tuples": 2, "warmup": 2, "every": 2, "sample_steps": 2, "eval_images": 8}
 PRESETS = {("cpu", "dit"): {},
@@ -134,10 +137,11 @@ def phase_of(s, step):
     return "finetune", step - s.pretrain_steps
 
 
-def draw_batch(run, step):
+def draw_batch(run, step, planned=None):
     """Images x0, noise e, noise levels t, tokens and loss weights a of one step, n samples each.
 
-    Pretraining samples new scenes. Fine-tuning takes the views that the arm's plan names.
+    Pretraining samples new scenes. Fine-tuning takes the views that the arm's plan names, or
+    the `planned` ones: views (n,) and their weights (n,).
     """
     s, generator = run.settings, run.generator
     phase, number = phase_of(s, step)
@@ -150,7 +154,7 @@ def draw_batch(run, step):
             granularity = four % 3                                 # (n,)
         a = torch.full((s.batch,), 1 / s.batch, device=s.device)   # (n,)
     else:
-        chosen, a = run.plan[number - 1]                           # (n,), (n,)
+        chosen, a = planned or run.plan[number - 1]                # (n,), (n,)
         scenes = run.roots.take(run.root[chosen])
         granularity = run.granularity[chosen]                      # (n,)
     n = len(granularity)
@@ -220,6 +224,7 @@ class Run:
         """Trains through this network, which holds the weights of self.model."""
         self.network = network
         self.velocity = machine.in_precision(network, self.settings)
+        self.graphs = machine.Graphs() if machine.may_repeat(self.settings) else None
 
     def new_optimizer(self):
         s = self.settings
@@ -230,9 +235,8 @@ class Run:
     def begin_finetuning(self):
         """From the averaged weights, with a new optimizer. Doing it twice changes nothing."""
         self.model.load_state_dict(self.ema.state_dict())
-        if self.settings.rank:
-            adapters.add(self.model, self.settings)
-            self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        adapters.add(self.model, self.settings)                    # none unless --rank is given
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.new_optimizer()
         self.offsets = self.arm.offsets
         if self.arm.meet == "conflict":
@@ -243,21 +247,10 @@ class Run:
         """One optimizer step; returns the norm of the gradient before clipping."""
         s = self.settings
         self.step += 1
-        x0, e, t, tokens, a = draw_batch(self, self.step)
-        x0, e, t, tokens, a = machine.my_share(x0, e, t, tokens, a)
-
-        def losses(x0, e, t, tokens):
-            return fm.loss(self.velocity, x0, e, t, tokens)        # (n,)
-
-        def quiet():
-            return machine.without_exchange(self.network)
-
-        # Algorithm 2: back-propagate every sub-batch, then clip and step once.
-        self.optimizer.zero_grad()
-        sub_batches = machine.in_chunks(x0, e, t, tokens, a, s.chunk or len(a))
-        with machine.tensor_cores():
-            loss = sga.deferred_backward(losses, sub_batches, quiet)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        if self.graphs:
+            t, a, loss, norm = self.graphs.back_propagate(self)    # the same, as one launch
+        else:
+            t, a, loss, norm = self.back_propagate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self, self.step)
         self.optimizer.step()
@@ -268,6 +261,28 @@ class Run:
         self.loss = torch.where(self.loss.isnan(), loss, 0.98 * self.loss + 0.02 * loss)
         self.finite.watch(self.step, t, a, loss, norm)
         return norm
+
+    def back_propagate(self, step, planned=None):
+        """Leaves the clipped gradient of a step in the weights: Algorithm 2, all but the update.
+
+        Returns the noise levels t, the weights a, the loss, and the norm before clipping.
+        """
+        s = self.settings
+        x0, e, t, tokens, a = draw_batch(self, step, planned)
+        x0, e, t, tokens, a = machine.my_share(x0, e, t, tokens, a)
+
+        def losses(x0, e, t, tokens):
+            return fm.loss(self.velocity, x0, e, t, tokens)        # (n,)
+
+        def quiet():
+            return machine.without_exchange(self.network)
+
+        self.optimizer.zero_grad()
+        sub_batches = machine.in_chunks(x0, e, t, tokens, a, s.chunk or len(a))
+        with machine.tensor_cores():
+            loss = sga.deferred_backward(losses, sub_batches, quiet)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        return t, a, loss, norm
 
     def row_is_due(self):
         """Whether this step has a row of the log: every few, and the last one of each phase."""
@@ -304,19 +319,13 @@ def train(run, folder):
                 run.loss = machine.mean_of_all(run.loss)
                 if first:
                     recorder.add_row(run, phase_of(s, run.step)[0], norm)
-                    save_all(run, folder)
+                    report.save_all(run, folder)
+            elif first:
+                recorder.leave_out_a_first_step(run)
             if interrupts:
                 run.finite.check()
                 run.save(os.path.join(folder, "checkpoint.pt"))
                 stop(f"interrupted: step {run.step} is saved, go on with --resume")
-
-
-def save_all(run, folder):
-    """The checkpoint, at the end of the pretraining a second one, and the rows so far as text."""
-    if run.step == run.settings.pretrain_steps:
-        run.save(os.path.join(folder, "pretrained.pt"))
-    run.save(os.path.join(folder, "checkpoint.pt"))
-    book.write_rows(run.log, run.probe, report.COLUMNS, folder)
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -335,12 +344,7 @@ def new_run(s, folder):
 def resumed_run(asked, folder):
     """The Run of the folder's checkpoint. What was asked for by name must be what it has."""
     s, content = book.load(os.path.join(folder, "checkpoint.pt"), Settings, FORMAT)
-    free = {name: asked[name] for name in ("compile", "chunk") if name in asked}
-    s = dataclasses.replace(s, **free)         # they change a result by rounding at most
-    for name, value in asked.items():
-        if getattr(s, name) != value:
-            stop(f"the run in {folder} has --{name} {getattr(s, name)}, not {value}")
-    run = Run(s, content["step"])
+    run = Run(book.agreed(s, asked, folder), content["step"])
     run.restore(content)
     return run
 
@@ -357,7 +361,7 @@ def main_train(arguments):
     with book.owned(folder):
         if not resuming:
             book.check_unused(folder)          # once more, now that nobody else can use it
-            save_all(run, folder)
+            report.save_all(run, folder)
         machine.wait_for_the_others()
         report.announce(run, folder)
         train(run, folder)
@@ -369,11 +373,7 @@ def main_train(arguments):
 
 
 def main_sample(arguments):
-    captions, checkpoint, picture, changes = book.parse_sample(arguments)
-    try:
-        tokens = toy_data.tokenize(captions)
-    except ValueError as error:
-        stop(error)
+    captions, tokens, checkpoint, picture, changes = book.parse_sample(arguments)
     machine.full_precision()
     s, content = book.load(checkpoint, Settings, FORMAT)
     s = dataclasses.replace(s, **changes)

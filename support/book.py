@@ -16,6 +16,7 @@ import zipfile
 
 import torch
 
+import toy_data
 from support import machine, pictures
 
 try:
@@ -119,7 +120,7 @@ def parse(arguments, Settings, presets, description):
 
 
 def parse_sample(arguments):
-    """Flags to (captions, checkpoint, picture, settings that differ from the checkpoint's)."""
+    """Flags to (captions, tokens, checkpoint, picture, settings to change in the checkpoint's)."""
     parser = Parser("train.py sample", "Draw what captions say.")
     parser.add_argument("captions", nargs="+",
                         help='such as "macro red striped circle top left on white"')
@@ -131,6 +132,10 @@ def parse_sample(arguments):
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--out", default="drawn.png", help="the picture (default drawn.png)")
     flags = parser.parse_args(arguments)
+    try:
+        tokens = toy_data.tokenize(flags.captions)
+    except ValueError as error:
+        stop(error)
     picture = flags.out if os.path.splitext(flags.out)[1] else flags.out + ".png"
     suffix = os.path.splitext(picture)[1].lstrip(".").lower()
     if suffix not in pictures.SUFFIXES:
@@ -142,7 +147,7 @@ def parse_sample(arguments):
         changes["guidance"] = flags.guidance
     if flags.model:
         changes["model"] = flags.model
-    return flags.captions, flags.checkpoint, picture, changes
+    return flags.captions, tokens, flags.checkpoint, picture, changes
 
 
 def help_of(field, presets):
@@ -222,6 +227,18 @@ def load(file, Settings, form):
         return Settings(**content["settings"]), content
     except (KeyError, TypeError):
         stop(f"{file} is a checkpoint of another version of train.py, with other settings")
+
+
+def agreed(s, asked, folder):
+    """The settings s of a run to be resumed, with what changes a result by rounding at most as it
+    is asked for. Stops if anything else that was asked for by name is not what the run has.
+    """
+    free = {name: asked[name] for name in ("compile", "graph", "chunk") if name in asked}
+    s = dataclasses.replace(s, **free)
+    for name, value in asked.items():
+        if getattr(s, name) != value:
+            stop(f"the run in {folder} has --{name} {getattr(s, name)}, not {value}")
+    return s
 
 
 def load_weights(file, model, s, form):

@@ -1,7 +1,7 @@
 """How the machine is used: random numbers, precision, memory, interrupts, several processes.
 
 None of this changes the method. Without a GPU, torchrun, torch.compile or bfloat16 the network and
-its batches pass through unchanged.
+its batches pass through unchanged, and a CUDA graph repeats a step without changing a number of it.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import signal
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,11 @@ def compiled(network, s):
               "is trained uncompiled", flush=True)
     if not s.compile or lacking:
         return network
-    print("compiling: the first step of each phase takes a while", flush=True)
+    if rank() == 0:
+        # Inputs of another shape, and adapters, are compiled anew.
+        once = s.batch == 3 * s.tuples and not (s.smallest_object or s.rank)
+        when = "the first step" if once else "the first step of each phase"
+        print(f"compiling: {when} takes a while", flush=True)
     return torch.compile(network)
 
 
@@ -84,6 +89,107 @@ def what_compiling_lacks(device):
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "triton"
     return ""
+
+
+# --- A step as one launch (--graph): a reader may skip this part ----------------------------------
+#
+# The forward and the backward pass of a step are some thousand short kernels. A host that launches
+# them one by one needs longer than the GPU that runs them. A CUDA graph is a record of launches,
+# which are then launched together. It repeats them as they were: the same kernels, with the same
+# numbers, on the same memory. A number that the host changes, and a tensor that it replaces, would
+# therefore stay as they were. In Run.back_propagate the host decides these things anew:
+#     the views and weights of the plan       they are copied to where the graph reads them
+#     how many views a step has, the offsets  a step where they differ has a graph of its own
+# What else changes is on the GPU: the weights are changed in place, and the generator, which the
+# graph knows, goes on with each launch. The update of the weights stays outside. It has few
+# launches, and numbers that change: the learning rate, the averaging, the number of the step.
+
+def may_repeat(s):
+    """Whether a run's steps are launched as CUDA graphs: on one GPU, where it is asked for."""
+    return bool(s.graph) and s.device == "cuda" and processes() == 1
+
+
+class Recorded(NamedTuple):
+    """A step's CUDA graph, and the memory that it reads from and writes to."""
+
+    graph: torch.cuda.CUDAGraph
+    planned: list              # views (n,) and weights (n,) of the plan; [] in the pretraining
+    results: tuple             # what Run.back_propagate returns
+    gradients: list            # of every weight of the model
+
+
+class Graphs:
+    """Run.back_propagate by CUDA graphs, one for each kind of step.
+
+    The first step of a kind is an ordinary one: it copies tables to the GPU and lets libraries
+    choose their kernels, which no graph can record. The second one is recorded.
+    """
+
+    def __init__(self):
+        self.stream = torch.cuda.Stream()      # no graph can be recorded on the usual one
+        # One pool of memory for all: of a launch nothing is needed once the next one begins.
+        self.pool = torch.cuda.graph_pool_handle()
+        self.recorded = {}
+
+    def back_propagate(self, run):
+        """As Run.back_propagate, for the run's step. The next step overwrites what it returns."""
+        planned = []
+        if run.step > run.settings.pretrain_steps:
+            planned = run.plan[run.step - run.settings.pretrain_steps - 1]
+        kind = (len(planned[0]) if planned else 0, tuple(run.offsets))
+        if kind not in self.recorded:
+            self.recorded[kind] = None
+            return self.ordinary(run)
+        if self.recorded[kind] is None:
+            try:
+                self.recorded[kind] = self.record(run, planned)
+            except RuntimeError as error:
+                return give_up(run, error)
+        return launch(self.recorded[kind], run, planned)
+
+    def ordinary(self, run):
+        """An ordinary step, on the stream that will be recorded: what it prepares is there."""
+        usual = torch.cuda.current_stream()
+        self.stream.wait_stream(usual)
+        with torch.cuda.stream(self.stream):
+            results = run.back_propagate(run.step)
+        usual.wait_stream(self.stream)
+        return results
+
+    def record(self, run, planned):
+        """Records a step. Nothing is computed, and no random number is used up."""
+        planned = [x.clone() for x in planned]
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(run.generator)
+        # The outer one of the three puts the usual stream back, even if the recording fails.
+        with torch.cuda.stream(self.stream), torch.cuda.graph(graph, self.pool, self.stream):
+            results = run.back_propagate(run.step, planned)
+        gradients = [weight.grad for weight in run.model.parameters()]
+        return Recorded(graph, planned, results, gradients)
+
+
+def launch(recorded, run, planned):
+    """Repeats a recorded step, with the views and weights of the plan that are given."""
+    for there, now in zip(recorded.planned, planned):
+        there.copy_(now)
+    recorded.graph.replay()
+    # The optimizer must find this graph's gradients, not those of the step before.
+    for weight, gradient in zip(run.model.parameters(), recorded.gradients):
+        weight.grad = gradient
+    return recorded.results
+
+
+def give_up(run, error):
+    """Says why a step could not be recorded, and makes it and all that follow ordinary steps."""
+    cause = str(error.__context__ or error).splitlines()[0]
+    print(f"train.py: no CUDA graph could be made ({cause}), so that steps are launched kernel by "
+          "kernel, as with --graph 0", flush=True)
+    run.graphs = None
+    # A generator that was to be recorded may refuse any other use. Nothing was taken from it.
+    generator = torch.Generator(run.settings.device)
+    generator.set_state(run.generator.get_state())
+    run.generator = generator
+    return run.back_propagate(run.step)
 
 
 # --- Memory ---------------------------------------------------------------------------------------

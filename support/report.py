@@ -267,10 +267,21 @@ class Recorder:
         self.probing = probe_batch(s, roots, s.probe) if s.probe else None
         if s.probe and not run.probe:
             self.add_probe(run)
+        self.phase = None                      # of the last step whose time was left out
         self.start_the_clock(run)
 
     def start_the_clock(self, run):
         self.clock, self.images = time.time(), images_until(run, run.step)
+
+    def leave_out_a_first_step(self, run):
+        """After a step that has no row. The first one of each phase may compile, which takes its
+        time: that counts, but it is no speed.
+        """
+        phase = run.step > run.settings.pretrain_steps
+        if phase != self.phase:
+            self.phase = phase
+            run.seconds += time.time() - self.clock
+            self.start_the_clock(run)
 
     def add_probe(self, run):
         row = {"step": run.step, "offsets": run.offsets}
@@ -297,6 +308,14 @@ class Recorder:
         print(f"{phase} step {run.step}/{run.last}  loss {row['loss']:.4f}  {speed:.0f} images/s  "
               f"{left // 60}:{left % 60:02} left", flush=True)
         self.start_the_clock(run)
+
+
+def save_all(run, folder):
+    """The checkpoint, at the end of the pretraining a second one, and the rows so far as text."""
+    if run.step == run.settings.pretrain_steps:
+        run.save(os.path.join(folder, "pretrained.pt"))
+    run.save(os.path.join(folder, "checkpoint.pt"))
+    book.write_rows(run.log, run.probe, COLUMNS, folder)
 
 
 # --- The end of a run -----------------------------------------------------------------------------

@@ -136,7 +136,7 @@ class Graphs:
         planned = []
         if run.step > run.settings.pretrain_steps:
             planned = run.plan[run.step - run.settings.pretrain_steps - 1]
-        kind = (len(planned[0]) if planned else 0, tuple(run.offsets))
+        kind = kind_of(run, planned)
         if kind not in self.recorded:
             self.recorded[kind] = None
             return self.ordinary(run)
@@ -166,6 +166,12 @@ class Graphs:
             results = run.back_propagate(run.step, planned)
         gradients = [weight.grad for weight in run.model.parameters()]
         return Recorded(graph, planned, results, gradients)
+
+
+def kind_of(run, planned):
+    """What the host decides for a step, but for the entries of what is planned."""
+    views = len(planned[0]) if planned else 0
+    return views, tuple(run.offsets)
 
 
 def launch(recorded, run, planned):

@@ -15,6 +15,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+import pretended_graph
+
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 
@@ -233,6 +235,8 @@ def pretended_gpu():
 
         for name, value in ANSWERS.items():
             put(torch.cuda, name, answering(value))
+        for name, value in pretended_graph.IN_PLACE.items():
+            put(torch.cuda, name, value)
         put(torch.accelerator, "current_accelerator", lambda **_: None)
         put(torch, "Generator", make_generator)
         put(torch, "autocast", autocast_on_cpu)

@@ -10,6 +10,7 @@ import contextlib
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 # Operators for which the host reads what the GPU has computed.
 READING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select"}
@@ -29,6 +30,12 @@ def tensors_in(tree):
 def memory(x):
     """The address of a tensor's memory; views of it have the same."""
     return x.untyped_storage()._cdata
+
+
+def in_place_of(tree):
+    """The same, with tensors that stay on their memory when the original ones move to other."""
+    with torch._C.DisableTorchFunction():
+        return tree_map_only(torch.Tensor, torch.Tensor.detach, tree)
 
 
 def spoil(x):
@@ -80,14 +87,16 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         self.refuse(func.name(), kwargs)
         inputs = {memory(x) for x in tensors_in([*args, *kwargs.values()])}
+        given = in_place_of((args, kwargs))
         for x in changed_by(func, args, kwargs):
             if memory(x) not in self.graph.own:
-                self.before.setdefault(memory(x), (x, x.detach().clone()))
+                self.before.setdefault(memory(x), (x.detach(), x.detach().clone()))
         out = func(*args, **kwargs)
-        for x in tensors_in(out):
+        there = in_place_of(out)
+        for x in tensors_in(there):
             if memory(x) not in inputs:
                 self.graph.own[memory(x)] = x
-        self.graph.calls.append((func, args, kwargs, out))
+        self.graph.calls.append((func, *given, there))
         return out
 
     def refuse(self, name, kwargs):

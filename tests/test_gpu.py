@@ -62,6 +62,10 @@ def facts(name, monkeypatch):
     """What is so while a run with a change is made and takes a step, and its weights after it."""
     found, flags = {"compiled": False}, gpu.argparse.Namespace(tiny=True, model="dit")
 
+    def may_repeat(s):
+        found["CUDA graph"] = bool(s.graph)
+        return False
+
     def compile_nothing(network):
         found["compiled"] = True
         return network
@@ -71,7 +75,8 @@ def facts(name, monkeypatch):
         found["TF32"] = torch.get_float32_matmul_precision() == "high"
 
     changes, _ = gpu.CHANGES[name]
-    preset = {"precision": "bfloat16", "compile": 1}
+    preset = {"precision": "bfloat16", "graph": 1}
+    monkeypatch.setattr(machine, "may_repeat", may_repeat)
     monkeypatch.setattr(torch, "compile", compile_nothing)
     with gpu.standing_in(name):
         s = gpu.settings_of(flags, **preset | changes)
@@ -83,11 +88,14 @@ def facts(name, monkeypatch):
 
 
 def test_each_change_changes_what_it_names_and_nothing_else(monkeypatch):
-    expected = {"none": set(), "no torch.compile": {"compiled"}, "float32 with TF32": {"bfloat16"},
-                "float32 without TF32": {"bfloat16", "TF32"}, "AdamW in a loop": {"fused"}}
+    expected = {"none": set(), "no CUDA graph": {"CUDA graph"}, "torch.compile": {"compiled"},
+                "torch.compile, no CUDA graph": {"compiled", "CUDA graph"},
+                "float32 with TF32": {"bfloat16"}, "float32 without TF32": {"bfloat16", "TF32"},
+                "AdamW in a loop": {"fused"}}
     assert list(expected) == list(gpu.CHANGES)
     base, weights = facts("none", monkeypatch)
-    assert all(base.values())
+    assert base == {"compiled": False, "CUDA graph": True, "bfloat16": True, "TF32": True,
+                    "fused": True}
     for name, changed in expected.items():
         found, others = facts(name, monkeypatch)
         assert {key for key in base if base[key] != found[key]} == changed, name

@@ -184,7 +184,7 @@ def course(request, tmp_path_factory):
     model = request.param
     folder = tmp_path_factory.mktemp("runs") / model
     flags = ["--preset", "tiny", "--model", model, "--device", "cuda", "--precision",
-             "bfloat16", "--pixels", PIXELS, "--objects", 2, "--pretrain_steps", 2,
+             "bfloat16", "--graph", 1, "--pixels", PIXELS, "--objects", 2, "--pretrain_steps", 2,
              "--finetune_steps", 2, "--eval_images", 2, "--sample_steps", 1,
              "--probe", 1 if model == "dit" else 0, "--out", folder]
     run = [str(flag) for flag in flags]
@@ -269,6 +269,12 @@ EVERY_ARM = [("dit", arm) for arm in sga.ARMS]
 @pytest.mark.parametrize("model, arm", [*EVERY_ARM, ("unet", "sga"), ("unet", "baseline")])
 def test_no_step_waits_for_the_gpu_or_copies_to_it(model, arm):
     assert steps(model=model, arm=arm) == []
+
+
+@pytest.mark.parametrize("model", ["dit", "unet"])
+def test_no_step_that_is_launched_as_a_graph_waits(model):
+    """Neither while it is recorded nor when it is launched: the second step of a phase is both."""
+    assert steps(model=model, graph=1) == []
 
 
 def test_no_step_in_parts_waits():
@@ -461,8 +467,8 @@ def noise_without_device(put):
     """A missing device= in the data of a step."""
     draw_batch = train.draw_batch
 
-    def planted(run, step):
-        x0, e, t, tokens, a = draw_batch(run, step)
+    def planted(*arguments):
+        x0, e, t, tokens, a = draw_batch(*arguments)
         return x0, torch.randn(x0.shape), t, tokens, a
 
     put(train, "draw_batch", planted)

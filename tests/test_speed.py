@@ -1,18 +1,25 @@
 """What makes training fast or small changes nothing that it computes: a step in several parts,
-several processes, a compiled network. That no step waits for a GPU is in test_pretended.py.
+several processes, a compiled network, a step that is launched as one CUDA graph. That no step waits
+for a GPU is in test_pretended.py.
 """
 
 import contextlib
+import functools
 import os
 import socket
+import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import pretended_graph
 import sga
 import toy_data
 import train
+from pretended_gpu import tensors_in
 from support import book, machine, report
+from test_pretended import on_gpu
 
 PIXELS = 8
 
@@ -120,6 +127,327 @@ def test_without_a_compiler_it_trains_uncompiled_and_says_so_once(monkeypatch, c
     assert machine.compiled(run.model, run.settings) is run.model
     [said] = capsys.readouterr().out.splitlines()
     assert "a C compiler" in said and "uncompiled" in said
+
+
+def said_while_compiling(s, capsys):
+    capsys.readouterr()
+    machine.compiled(torch.nn.Linear(1, 1), s)
+    return capsys.readouterr().out
+
+
+def test_it_says_when_it_compiles(compiler, capsys):
+    same_size = {"compile": 1, "batch": 6, "tuples": 2}
+    assert "the first step takes" in said_while_compiling(small(**same_size), capsys)
+    for change in ({"batch": 5}, {"smallest_object": 0.24}, {"rank": 1}):
+        said = said_while_compiling(small(**same_size | change), capsys)
+        assert "the first step of each phase takes" in said, change
+
+
+@pytest.mark.parametrize("model", ["dit", "unet"])
+def test_both_phases_of_the_preset_gpu_have_batches_of_one_size(model):
+    smaller = {"model": model, "device": "cpu", "width": 24, "finetune_steps": 20}
+
+    def sizes(**more):
+        run = train.Run(train.Settings(**train.PRESETS["gpu", model] | smaller | more))
+        return {run.settings.batch} | {len(views) for views, _ in run.plan}
+
+    assert len(sizes()) == 1
+    assert len(sizes(smallest_object=0.24)) > 1
+
+
+# --- A step as one launch -------------------------------------------------------------------------
+#
+# The graph is pretended (pretended_graph.py), and so is the GPU: all numbers are those of a CPU.
+
+# Steps of two or three views, in a changing order.
+VARYING = {"pretrain_steps": 3, "finetune_steps": 8, "tuples": 1, "smallest_object": 0.24,
+           "every": 4}
+LAUNCHED = {
+    "the DiT": {},
+    "the U-Net": {"model": "unet", "finetune_steps": 6},
+    "in bfloat16": {"precision": "bfloat16"},
+    "in parts": {"chunk": 3},
+    "with adapters": {"rank": 2},
+    "three steps in one": {"arm": "big", "finetune_steps": 24},
+    "with offsets at random": {"arm": "global"},
+    "with offsets that are measured twice": {"arm": "measured", "finetune_steps": 12},
+    "planned again before the fine-tuning": {"arm": "quiet"},
+    "scenes, then views with Min-SNR weights": {"pretrain_views": "macro", "arm": "min_snr"}}
+
+
+def go_on(run):
+    """Both phases, or what is left of them, as train.train makes them. The norms of the steps."""
+    s, norms = run.settings, []
+    while run.step < run.last:
+        if run.step == s.pretrain_steps:
+            run.begin_finetuning()
+        if run.arm.measured and run.step >= s.pretrain_steps and run.row_is_due():
+            run.offsets = report.measured_offsets(run)
+        norms.append(run.train_step().item())
+    return norms
+
+
+@functools.cache
+def plain_course(**more):
+    """(run, norms) on the CPU, where every step is an ordinary one. Nobody changes the run."""
+    run = train.Run(small(**VARYING | more))
+    return run, go_on(run)
+
+
+def launched_course(file=None, **more):
+    """(run, norms) on the pretended GPU, by CUDA graphs; from the state in a file, if there is."""
+    with on_gpu():
+        s = small(**{"device": "cuda", "graph": 1} | VARYING | more)
+        run = resumed(s, file) if file else train.Run(s)
+        return run, go_on(run)
+
+
+def differences(run, other):
+    """What is not the same, bit for bit, after two courses."""
+    found = [name for name in book.STATES if not same(run, other, name)]
+    if not torch.equal(run.generator.get_state(), other.generator.get_state()):
+        found.append("generator")
+    if not torch.equal(run.loss, other.loss):
+        found.append("loss")
+    return found
+
+
+def same(run, other, name):
+    ours = tensors_in([getattr(run, name).state_dict()])
+    theirs = tensors_in([getattr(other, name).state_dict()])
+    pairs = zip(ours, theirs, strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def launches(run):
+    return [one.graph.launches for one in run.graphs.recorded.values() if one]
+
+
+@pytest.mark.parametrize("case", LAUNCHED)
+def test_a_course_by_cuda_graphs_is_the_plain_course_bit_for_bit(case):
+    plain, norms = plain_course(**LAUNCHED[case])
+    run, their_norms = launched_course(**LAUNCHED[case])
+    assert norms == their_norms and differences(plain, run) == []
+    # Of each kind all steps but the first one are launches, in both phases.
+    assert sum(launches(run)) == len(norms) - len(run.graphs.recorded)
+    phases = {views > 0 for (views, _), one in run.graphs.recorded.items() if one}
+    assert phases == {False, True}
+
+
+def test_the_steps_of_that_course_have_several_sizes():
+    run, _ = launched_course()
+    sizes = [views for views, _ in run.graphs.recorded]
+    assert set(sizes) == {0, 2, 3}             # the pretraining has no plan
+    assert min(launches(run)) >= 2
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_course_by_cuda_graphs_is_resumed_in_the_middle(tmp_path, step):
+    plain, norms = plain_course()
+    file = str(tmp_path / "checkpoint.pt")
+    with on_gpu():
+        run = train.Run(small(device="cuda", graph=1, **VARYING))
+        run.last, last = step, run.last
+        go_on(run)
+        run.save(file)
+        run.last = last
+        rest = go_on(run)
+    assert rest == norms[step:] and differences(plain, run) == []
+    for graph in (0, 1):                       # by ordinary steps, or by graphs again
+        run, rest = launched_course(file, graph=graph)
+        assert rest == norms[step:] and differences(plain, run) == []
+
+
+# --- Planted mistakes -----------------------------------------------------------------------------
+
+launch, kind_of = machine.launch, machine.kind_of
+back_propagate = train.Run.back_propagate
+
+
+def plan_is_not_copied(put):
+    put(machine, "launch", lambda recorded, run, planned: launch(recorded, run, []))
+
+
+def gradients_are_of_another_graph(put):
+    def planted(recorded, run, planned):
+        return launch(recorded._replace(gradients=[]), run, planned)
+    put(machine, "launch", planted)
+
+
+def results_are_read_before_the_launch(put):
+    def planted(recorded, run, planned):
+        norm = recorded.results[3].clone()
+        *others, _ = launch(recorded, run, planned)
+        return *others, norm
+    put(machine, "launch", planted)
+
+
+def offsets_stay(put):
+    put(machine, "kind_of", lambda run, planned: (kind_of(run, planned)[0], ()))
+
+
+def phases_are_one_kind(put):
+    put(machine, "kind_of", lambda run, planned: "a step")
+
+
+def step_of_the_plan_stays(put):
+    """The plan is read inside, at the step that was recorded."""
+    def planted(run, step, planned=None):
+        return back_propagate(run, step)
+    put(train.Run, "back_propagate", planted)
+
+
+def weights_of_the_network_are_replaced(put):
+    """Other memory in every step, which no graph reads."""
+    def planted(ema, model, decay):
+        average(ema, model, decay)
+        for weight in model.parameters():
+            weight.data = weight.data.clone()
+
+    average = machine.average
+    put(machine, "average", planted)
+
+
+FORGOTTEN = [(plan_is_not_copied, {}), (gradients_are_of_another_graph, {}),
+             (results_are_read_before_the_launch, {}), (step_of_the_plan_stays, {}),
+             (offsets_stay, LAUNCHED["with offsets that are measured twice"]),
+             (phases_are_one_kind, {"smallest_object": 0.0, "arm": "baseline"}),
+             (weights_of_the_network_are_replaced, {})]
+
+
+@pytest.mark.parametrize("plant, more", FORGOTTEN)
+def test_what_is_forgotten_between_two_launches_is_noticed(monkeypatch, plant, more):
+    plain, norms = plain_course(**more)
+    plant(monkeypatch.setattr)
+    run, their_norms = launched_course(**more)
+    assert launches(run)
+    assert norms != their_norms or differences(plain, run) != []
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_a_learning_rate_within_a_graph_stays_as_it_was_recorded(monkeypatch, changes):
+    """That is why the update is outside. With one learning rate for all steps it may be inside."""
+    def with_update(run, step, planned=None):
+        results = back_propagate(run, step, planned)
+        rate = 1e-3 * step if changes else 1e-3
+        with torch.no_grad():
+            for weight in run.model.parameters():
+                weight -= rate * weight.grad
+        return results
+
+    monkeypatch.setattr(train.Run, "back_propagate", with_update)
+    plain, _ = plain_course.__wrapped__()
+    run, _ = launched_course()
+    assert launches(run)
+    assert (differences(plain, run) != []) == changes
+
+
+# --- Where no graph can be made -------------------------------------------------------------------
+
+def generator_is_not_known(put):
+    put(pretended_graph.Graph, "register_generator_state", lambda graph, generator: None)
+
+
+def number_is_read_in_a_step(put):
+    def planted(*arguments):
+        results = back_propagate(*arguments)
+        assert results[2].item() > 0
+        return results
+    put(train.Run, "back_propagate", planted)
+
+
+@pytest.mark.parametrize("plant", [generator_is_not_known, number_is_read_in_a_step])
+def test_where_no_graph_can_be_made_it_says_so_once_and_goes_on(monkeypatch, capsys, plant):
+    plain, norms = plain_course()
+    plant(monkeypatch.setattr)
+    run, their_norms = launched_course()
+    [said] = capsys.readouterr().out.splitlines()
+    assert "no CUDA graph could be made (" in said and "--graph 0" in said
+    assert run.graphs is None
+    assert norms == their_norms and differences(plain, run) == []
+
+
+def test_steps_are_ordinary_without_a_gpu_with_several_or_if_they_are_to_be(monkeypatch):
+    assert train.Run(small(graph=1)).graphs is None
+    with on_gpu():
+        assert train.Run(small(device="cuda")).graphs is None
+        assert train.Run(small(device="cuda", graph=1)).graphs is not None
+        monkeypatch.setattr(machine, "processes", lambda: 2)
+        assert train.Run(small(device="cuda", graph=1)).graphs is None
+
+
+class Counting(TorchDispatchMode):
+    """Counts operators: about the kernels that a host launches one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("model", ["dit", "unet"])
+def test_a_launched_step_leaves_little_to_the_host(monkeypatch, model):
+    counts = []
+    with on_gpu():
+        run = train.Run(small(model, device="cuda", graph=1, pretrain_steps=4))
+        for step in range(3):
+            if step == 2:                      # the GPU's own work is not the host's
+                monkeypatch.setattr(pretended_graph.Graph, "replay", lambda graph: None)
+            with Counting() as counting:
+                run.train_step()
+            counts.append(counting.number)
+    ordinary, _, launched = counts
+    assert launched < ordinary / 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", LAUNCHED)
+def test_on_a_gpu_a_course_by_cuda_graphs_is_the_plain_course(case):
+    """Kernels that add in a changing order round differently, and steps carry that on."""
+    courses = []
+    for graph in (0, 1):
+        s = small(**VARYING | LAUNCHED[case] | {"device": "cuda", "graph": graph})
+        run = train.Run(s)
+        courses.append(go_on(run))
+    assert run.graphs is not None              # nothing was given up
+    assert courses[1] == pytest.approx(courses[0], rel=1e-2)
+
+
+# --- The clock ------------------------------------------------------------------------------------
+
+def rows_of_a_slow_beginning(tmp_path, monkeypatch, **more):
+    """The rows and the seconds of a run whose first step of each phase takes 100 seconds, others 1."""
+    now, train_step = [0.0], train.Run.train_step
+    s = small(batch=6, pretrain_steps=4, finetune_steps=4, **more)
+
+    def slow(run):
+        norm = train_step(run)
+        _, number = train.phase_of(s, run.step)
+        now[0] += 100 if number == 1 else 1
+        return norm
+
+    monkeypatch.setattr(train.Run, "train_step", slow)
+    monkeypatch.setattr(report, "time", types.SimpleNamespace(time=lambda: now[0]))
+    run = train.Run(s)
+    train.train(run, str(tmp_path))
+    return [row["images_per_s"] for row in run.log], run.seconds
+
+
+def test_images_per_second_leave_out_the_first_step_of_each_phase(tmp_path, monkeypatch):
+    speeds, seconds = rows_of_a_slow_beginning(tmp_path, monkeypatch, every=2)
+    assert speeds == [6, 6, 6, 6] and seconds == 206
+    monkeypatch.setattr(report.Recorder, "leave_out_a_first_step", nothing)
+    with monkeypatch.context() as again:
+        speeds, seconds = rows_of_a_slow_beginning(tmp_path, again, every=2)
+    assert speeds[0] < 1 < speeds[1] and seconds == 206            # the twin
+
+
+def test_a_row_after_every_step_has_a_speed(tmp_path, monkeypatch):
+    speeds, seconds = rows_of_a_slow_beginning(tmp_path, monkeypatch, every=1)
+    assert speeds[:3] == [0.06, 6, 6] and seconds == 206
 
 
 @pytest.mark.parametrize("model", ["dit", "unet"])

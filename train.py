@@ -100,7 +100,7 @@ class Settings:
 
 # A step of either phase has 192 = 3 * 64 views, so that nothing is compiled for a second size.
 GPU = {"device": "cuda", "precision": "bfloat16", "graph": 1, "pixels": 32, "objects": 2,
-       "width": 192, "batch": 192, "tuples": 64, "lr": 2e-3, "every": 2500}
+       "width": 192, "batch": 192, "tuples": 64, "lr": 2e-3, "every": 5000}
 TINY = {"width": 24, "depth": 1, "roots": 4, "pretrain_steps": 8, "finetune_steps": 4, "batch": 4,
         "tuples": 2, "warmup": 2, "every": 2, "sample_steps": 2, "eval_images": 8}
 PRESETS = {("cpu", "dit"): {},

@@ -39,4 +39,4 @@ def add(model, s):
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                setattr(module, name, Adapted(layer, s.rank).to(layer.weight.device))
+                setattr(module, name, Adapted(layer, s.rank).to(layer.weight))

@@ -122,6 +122,9 @@ class PretendedGpu(TorchFunctionMode):
             return self.attribute(func, args)
         inputs = tensors_in([args, kwargs])
         held = [self.holds(x) for x in inputs]
+        if name == "_parse_to":            # where a module is to go; its tensors follow one by one
+            device, *others = func(*args, **kwargs)
+            return (GPU if any(held) else device, *others)
         args, kwargs, asked = self.asked_device(name, inputs, held, args, kwargs)
         if asked:
             gpu = asked.type == "cuda"

@@ -170,7 +170,7 @@ LAUNCHED = {
     "with adapters": {"rank": 2},
     "three steps in one": {"arm": "big", "finetune_steps": 24},
     "with offsets at random": {"arm": "global"},
-    "with offsets that are measured twice": {"arm": "measured", "finetune_steps": 12},
+    "with offsets that are measured anew": {"arm": "measured", "smallest_object": 0.0},
     "planned again before the fine-tuning": {"arm": "quiet"},
     "scenes, then views with Min-SNR weights": {"pretrain_views": "macro", "arm": "min_snr"}}
 
@@ -194,6 +194,7 @@ def plain_course(**more):
     return run, go_on(run)
 
 
+@functools.cache
 def launched_course(file=None, **more):
     """(run, norms) on the pretended GPU, by CUDA graphs; from the state in a file, if there is."""
     with on_gpu():
@@ -241,8 +242,7 @@ def test_the_steps_of_that_course_have_several_sizes():
     assert min(launches(run)) >= 2
 
 
-@pytest.mark.parametrize("step", [2, 7])
-def test_a_course_by_cuda_graphs_is_resumed_in_the_middle(tmp_path, step):
+def test_a_course_by_cuda_graphs_is_resumed_in_the_middle(tmp_path, step=7):
     plain, norms = plain_course()
     file = str(tmp_path / "checkpoint.pt")
     with on_gpu():
@@ -310,7 +310,7 @@ def weights_of_the_network_are_replaced(put):
 
 FORGOTTEN = [(plan_is_not_copied, {}), (gradients_are_of_another_graph, {}),
              (results_are_read_before_the_launch, {}), (step_of_the_plan_stays, {}),
-             (offsets_stay, LAUNCHED["with offsets that are measured twice"]),
+             (offsets_stay, LAUNCHED["with offsets that are measured anew"]),
              (phases_are_one_kind, {"smallest_object": 0.0, "arm": "baseline"}),
              (weights_of_the_network_are_replaced, {})]
 
@@ -319,7 +319,7 @@ FORGOTTEN = [(plan_is_not_copied, {}), (gradients_are_of_another_graph, {}),
 def test_what_is_forgotten_between_two_launches_is_noticed(monkeypatch, plant, more):
     plain, norms = plain_course(**more)
     plant(monkeypatch.setattr)
-    run, their_norms = launched_course(**more)
+    run, their_norms = launched_course.__wrapped__(**more)
     assert launches(run)
     assert norms != their_norms or differences(plain, run) != []
 
@@ -337,7 +337,7 @@ def test_a_learning_rate_within_a_graph_stays_as_it_was_recorded(monkeypatch, ch
 
     monkeypatch.setattr(train.Run, "back_propagate", with_update)
     plain, _ = plain_course.__wrapped__()
-    run, _ = launched_course()
+    run, _ = launched_course.__wrapped__()
     assert launches(run)
     assert (differences(plain, run) != []) == changes
 
@@ -360,7 +360,7 @@ def number_is_read_in_a_step(put):
 def test_where_no_graph_can_be_made_it_says_so_once_and_goes_on(monkeypatch, capsys, plant):
     plain, norms = plain_course()
     plant(monkeypatch.setattr)
-    run, their_norms = launched_course()
+    run, their_norms = launched_course.__wrapped__()
     [said] = capsys.readouterr().out.splitlines()
     assert "no CUDA graph could be made (" in said and "--graph 0" in said
     assert run.graphs is None

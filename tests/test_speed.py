@@ -419,7 +419,7 @@ def test_on_a_gpu_a_course_by_cuda_graphs_is_the_plain_course(case):
 # --- The clock ------------------------------------------------------------------------------------
 
 def rows_of_a_slow_beginning(tmp_path, monkeypatch, **more):
-    """The rows and the seconds of a run whose first step of each phase takes 100 seconds, others 1."""
+    """The rows and seconds of a run whose first step of each phase takes 100 s, and others 1 s."""
     now, train_step = [0.0], train.Run.train_step
     s = small(batch=6, pretrain_steps=4, finetune_steps=4, **more)
 

@@ -93,7 +93,7 @@ def what_compiling_lacks(device):
 
 # --- A step as one launch (--graph): a reader may skip this part ----------------------------------
 #
-# The forward and the backward pass of a step are some thousand short kernels. A host that launches
+# The forward and the backward pass of a step are over a thousand short kernels. A host that launches
 # them one by one needs longer than the GPU that runs them. A CUDA graph is a record of launches,
 # which are then launched together. It repeats them as they were: the same kernels, with the same
 # numbers, on the same memory. A number that the host changes, and a tensor that it replaces, would
@@ -161,7 +161,7 @@ class Graphs:
         planned = [x.clone() for x in planned]
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(run.generator)
-        # The outer one of the three puts the usual stream back, even if the recording fails.
+        # The outer context puts the usual stream back even if the recording fails.
         with torch.cuda.stream(self.stream), torch.cuda.graph(graph, self.pool, self.stream):
             results = run.back_propagate(run.step, planned)
         gradients = [weight.grad for weight in run.model.parameters()]

@@ -93,7 +93,7 @@ def what_compiling_lacks(device):
 
 # --- A step as one launch (--graph): a reader may skip this part ----------------------------------
 #
-# The forward and the backward pass of a step are over a thousand short kernels. A host that launches
+# The forward and the backward pass of a step are a thousand short kernels. A host that launches
 # them one by one needs longer than the GPU that runs them. A CUDA graph is a record of launches,
 # which are then launched together. It repeats them as they were: the same kernels, with the same
 # numbers, on the same memory. A number that the host changes, and a tensor that it replaces, would

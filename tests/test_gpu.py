@@ -29,6 +29,8 @@ def test_the_rehearsal_leaves_rows_and_a_page(tmp_path, monkeypatch):
         assert row["reached"] and 0 < row["until the first step"] < row["seconds"]
         assert row["images"] == 2 * train.TINY["batch"]
 
+    # On a CPU torch's code generator takes minutes.
+    monkeypatch.setattr(torch, "compile", lambda network: network)
     rows, page = rehearse(tmp_path, "rates", "--model", "dit")
     assert rows[:3] == races and [row["change"] for row in rows[3:]] == list(gpu.CHANGES)
     assert rows[3]["times slower"] == rows[3]["least"] == rows[3]["most"] == 1

@@ -165,11 +165,8 @@ VARYING = {"pretrain_steps": 3, "finetune_steps": 8, "tuples": 1, "smallest_obje
 LAUNCHED = {
     "the DiT": {},
     "the U-Net": {"model": "unet", "finetune_steps": 6},
-    "in bfloat16": {"precision": "bfloat16"},
-    "in parts": {"chunk": 3},
-    "with adapters": {"rank": 2},
-    "three steps in one": {"arm": "big", "finetune_steps": 24},
-    "with offsets at random": {"arm": "global"},
+    "in parts, in bfloat16": {"precision": "bfloat16", "chunk": 3},
+    "with adapters, and offsets at random": {"rank": 2, "arm": "global"},
     "with offsets that are measured anew": {"arm": "measured", "smallest_object": 0.0},
     "planned again before the fine-tuning": {"arm": "quiet"},
     "scenes, then views with Min-SNR weights": {"pretrain_views": "macro", "arm": "min_snr"}}

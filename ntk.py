@@ -16,13 +16,12 @@ of a module. By hand it takes three lines:
     def f(params, x):
         return torch.func.functional_call(model, params, (x[None],))[0]
 
-Run `python ntk.py` for a picture, and `python results/bench_ntk.py` for times and memory beside
+Run `python ntk.py` for numbers, and `python results/bench_ntk.py` for times and memory beside
 other ways to the same numbers. The examples below take their names from `import torch, ntk`.
 """
 
 import itertools
 import math
-import sys
 from typing import NamedTuple
 
 import torch
@@ -872,7 +871,8 @@ def _require_same(K, r, M):
 
 # --- What the kernel says about training ----------------------------------------------------------
 # All of it is for plain gradient descent, in infinitely small steps of the time tau, on the loss
-# L = 1/(2N) sum_i |r_i|^2. (AdamW has an inner product of its own, and signs can change.)
+# L = 1/(2N) sum_i |r_i|^2. Some steps of size eta on the training loss, 2/D times L, are the time
+# tau = 2 eta steps/D. (AdamW has an inner product of its own, and signs can change.)
 
 def loss_velocity(M):
     """dL/dtau = -|grad L|^2 as its two parts: the trace term and the cross terms (Eq. 13).
@@ -1029,7 +1029,6 @@ def _require_square(M):
 
 # --- The demo -------------------------------------------------------------------------------------
 
-BLUE, ORANGE, RED = "#0072b2", "#e69f00", "#d55e00"
 LEVELS = (0.2, 0.5, 0.8)
 
 
@@ -1102,26 +1101,28 @@ def measure_step(model, inputs, u, M):
             "loss": start.item(), "squared": squared}
 
 
-def measure_frozen(model, inputs, u, steps):
-    """Eq. 16: gradient descent on three views of one root, beside the kernel of its start."""
+def measure_frozen(model, inputs, u, moments):
+    """Eq. 16: gradient descent on three views of one root, beside the kernel of its start.
+
+    It is measured after so many steps as the moments say, which must rise.
+    """
     weights = [p for p in model.parameters() if p.requires_grad]
     r0 = (model(*inputs) - u).detach().flatten(1)                  # (3, 192)
     K = fast_ntk_blocks(model, inputs)                             # (3, 3, 192, 192)
     values = torch.linalg.eigvalsh(K.transpose(1, 2).reshape(576, 576))
     # Small steps even along the steepest direction, so that descent is nearly a flow.
-    eta = 0.05 * len(u) / values[-1]
-    found = {"tau": [], "left": [], "frozen": [], "drift": []}
-    for step in range(steps + 1):
+    eta = 0.05 * len(u) / values[-1].item()
+    found = []
+    for step in range(moments[-1] + 1):
         r = model(*inputs) - u
-        loss = r.square().sum() / (2 * len(u))
-        # At steps 1, 2, 4, 8, ...
-        if step & (step - 1) == 0 and step > 0:
+        if step in moments:
             frozen = frozen_residuals(K, r0, step * eta)
             now = fast_ntk_blocks(model, inputs, check=False)
-            found["tau"].append(step * eta.item())
-            found["left"].append((r.square().sum() / r0.square().sum()).item())
-            found["frozen"].append((frozen.square().sum() / r0.square().sum()).item())
-            found["drift"].append(kernel_drift(now, K).item())
+            found.append({"tau": step * eta,
+                          "left": (r.square().sum() / r0.square().sum()).item(),
+                          "frozen": (frozen.square().sum() / r0.square().sum()).item(),
+                          "drift": kernel_drift(now, K).item()})
+        loss = r.square().sum() / (2 * len(u))
         gradient = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             for p, g in zip(weights, gradient):
@@ -1129,60 +1130,12 @@ def measure_frozen(model, inputs, u, steps):
     return found
 
 
-def paint_matrix(axis, M):
-    """Eq. 12: the cosines of M."""
-    shown = axis.imshow(cosines(M).numpy(), vmin=-1, vmax=1, cmap="PuOr")
-    for edge in (11.5, 23.5):
-        axis.axhline(edge, color="black", linewidth=1)
-        axis.axvline(edge, color="black", linewidth=1)
-    names = [f"t = {level}" for level in LEVELS]
-    axis.set_xticks((5.5, 17.5, 29.5), names)
-    axis.set_yticks((5.5, 17.5, 29.5), names, rotation=90, va="center")
-    axis.set(title="M: samples of like noise pull together")
-    axis.figure.colorbar(shown, ax=axis, label="cosine (below 0: conflict)")
-
-
-def paint_conflict(axis, M):
-    """The share of pairs in conflict, by granularity."""
-    granularity = torch.arange(36) % 3
-    shares = conflict_share(M, granularity).numpy()
-    axis.imshow(shares, vmin=0, vmax=1, cmap="Oranges")
-    for i, j in itertools.product(range(3), range(3)):
-        axis.text(j, i, f"{shares[i, j]:.0%}", ha="center", va="center")
-    names = ("macro", "meso", "micro")
-    axis.set_xticks(range(3), names)
-    axis.set_yticks(range(3), names, rotation=90, va="center")
-    axis.set(title="Share of pairs in conflict (M_ij < 0)")
-
-
-def paint_step(axis, step):
-    """Eq. 15: two lines that part."""
-    axis.semilogx(step["eta"], step["predicted"], color=ORANGE, linewidth=3, label="predicted by M")
-    axis.semilogx(step["eta"], step["measured"], color=BLUE, linewidth=3, label="measured")
-    axis.axhline(0, color="grey", linewidth=1)
-    axis.set(title="M predicts small steps; large ones fail")
-    axis.set(xlabel="step size eta", ylabel="change of the loss")
-    axis.set(ylim=(-1.2 * step["loss"], 1.2 * step["loss"]))
-    axis.legend(loc="upper left")
-
-
-def paint_frozen(axis, frozen):
-    """Eq. 16: what is left of the loss."""
-    axis.semilogx(frozen["tau"], frozen["left"], color=BLUE, linewidth=3, label="gradient descent")
-    axis.semilogx(frozen["tau"], frozen["frozen"], color=ORANGE, linewidth=3, label="frozen kernel")
-    axis.set(title="A frozen kernel is right at first", ylim=(0, 1))
-    axis.set(xlabel="training time tau", ylabel="share of the loss that is left")
-    axis.legend(loc="upper right")
-
-
-def main(file="ntk.png", training=400, steps=1024):
+def main(training=100, moments=(50, 500)):
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        import toy_data  # noqa: F401
+        import dit, flow_matching, toy_data                        # noqa: E401, F401
     except ImportError:
-        print("The demo needs matplotlib, and dit.py, flow_matching.py, toy_data.py beside this"
-              " file. Its functions do not.")
+        print("The demo needs dit.py, flow_matching.py, toy_data.py beside this file. Its functions"
+              " do not.")
         return
     generator = torch.Generator().manual_seed(0)
     model = measure_network(generator, training)
@@ -1199,22 +1152,12 @@ def main(file="ntk.png", training=400, steps=1024):
         print(f"Eq. 15: a step of eta = {step['eta'][k]:.0e} changes L by"
               f" {step['measured'][k]:+.2e}; M says {step['predicted'][k]:+.2e}")
     few = tuple(z[:3] for z in inputs)
-    frozen = measure_frozen(model, few, u[:3], steps)
-    for k in (len(frozen["tau"]) // 2, -1):
-        print(f"Eq. 16: after tau = {frozen['tau'][k]:.1e} {frozen['left'][k]:.1%} of the loss is"
-              f" left, a frozen kernel says {frozen['frozen'][k]:.1%}; K has moved by"
-              f" {frozen['drift'][k]:.0%}")
+    for moment in measure_frozen(model, few, u[:3], moments):
+        print(f"Eq. 16: after tau = {moment['tau']:.1e} {moment['left']:.1%} of the loss is left,"
+              f" a frozen kernel says {moment['frozen']:.1%}; K has moved by {moment['drift']:.0%}")
     print(f"Eq. 17: <r_i, r_j> and M_ij have the same sign in {sign_agreement(M, r):.1%} of pairs")
-    with matplotlib.rc_context({"font.size": 14, "axes.titlesize": 15}):
-        figure = Figure(figsize=(12, 10), layout="constrained")
-        axes = figure.subplots(2, 2)
-        paint_matrix(axes[0, 0], M)
-        paint_conflict(axes[0, 1], M)
-        paint_step(axes[1, 0], step)
-        paint_frozen(axes[1, 1], frozen)
-        figure.savefig(file, dpi=80)
-    print("drawn:", file)
+    print("The pictures: python results/figures.py arrows jacobians influence step matrix")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main()

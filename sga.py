@@ -14,14 +14,12 @@ plain mean that an evaluation sees at the mean of these: one factor a, not two
 (tuples), at which noise levels (offsets), and with which weights.
 
 t = 0 is data, t = 1 is noise. A granularity is an index into GRANULARITIES. There
-are V views in all, and n of them in a step. Run `python sga.py` for a picture. The
+are V views in all, and n of them in a step. Run `python sga.py` for numbers. The
 examples below take their names from `import torch, sga`.
 """
 
 import contextlib
 import math
-import sys
-import textwrap
 from typing import NamedTuple
 
 import torch
@@ -594,9 +592,6 @@ def _join(steps):
 
 # --- The demo -------------------------------------------------------------------------------------
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73")             # macro, meso, micro
-
-
 def measure_views(generator):
     """The views of one root of 96 px, by Algorithm 1."""
     import toy_data
@@ -657,65 +652,12 @@ def measure_meeting(generator, steps=60):
     return ntk.cosines(blocks)
 
 
-def paint_views(axis, views):
-    """Algorithm 1: three views of one root, each with its caption."""
-    framed = [torch.nn.functional.pad(view, (1, 1, 1, 1), value=1.0) for _, view, _ in views]
-    strip = torch.cat(framed, 2)                        # (3, 34, 102)
-    axis.imshow(((strip.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy())
-    captions = [textwrap.fill(caption, 14) for _, _, caption in views]
-    axis.set(title="One root has three views, each with\na caption of its own", yticks=[])
-    axis.set_xticks([17, 51, 85], captions)
-
-
-def paint_time_laws(axis, laws):
-    """Eq. 19: the density of t, by granularity."""
-    t = torch.linspace(0.002, 0.998, 499)
-    for name, mu, law, colour in zip(GRANULARITIES, OFFSETS, laws, COLOURS):
-        z = torch.logit(t) - mu
-        density_of_z = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-        density = density_of_z / (t * (1 - t))
-        label = f"{name}, {mu:+g}: median {law['median']:.2f}"
-        axis.plot(t, density, color=colour, linewidth=3, label=label)
-    axis.set(title="Offsets: macro views see more noise,\nmicro views less")
-    axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="density of t", ylim=(0, 2.9))
-    axis.legend(loc="upper center")
-
-
-def paint_weights(axis):
-    """Eq. 20: both forms of the weight."""
-    t = torch.linspace(0, 1, 501)
-    for index, (name, gamma, colour) in enumerate(zip(GRANULARITIES, GAMMAS, COLOURS)):
-        granularity = torch.full((501,), index)
-        label = f"{name}, γ = {gamma:g}"
-        axis.plot(t, min_snr_weight(t, granularity), color=colour, linewidth=3, label=label)
-        w = min_snr_weight(t, granularity, form="velocity")
-        axis.plot(t, w, "--", color=colour, linewidth=2)
-    axis.set(title="Min-SNR weights: little noise counts\nlittle (dashed: velocity form)")
-    axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="weight", ylim=(0, 1.05))
-    axis.legend(loc=(0.52, 0.6))
-
-
-def paint_meeting(axis, cosines):
-    """Eq. 18: the gradients that one step adds up."""
-    axis.imshow(cosines.numpy(), vmin=-1, vmax=1, cmap="PuOr")
-    for i, row in enumerate(cosines.tolist()):
-        for j, cosine in enumerate(row):
-            colour = "white" if abs(cosine) > 0.6 else "black"
-            axis.text(j, i, f"{cosine:.2f}", ha="center", va="center", color=colour)
-    axis.set(title="One root's views meet in a step:\ncosines of their mean gradients")
-    axis.set_xticks(range(3), GRANULARITIES)
-    axis.set_yticks(range(3), GRANULARITIES)
-
-
-def main(file="sga.png"):
+def main():
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
-
         import dit, flow_matching, ntk, toy_data        # noqa: E401, F401
     except ImportError:
-        print("The demo needs matplotlib, and dit.py, flow_matching.py, ntk.py, toy_data.py beside"
-              " this file; its functions do not.")
+        print("The demo needs dit.py, flow_matching.py, ntk.py, toy_data.py beside this file; its"
+              " functions do not.")
         return
     generator = torch.Generator().manual_seed(0)
     root, laws = measure_views(generator), measure_time_laws(generator)
@@ -724,26 +666,18 @@ def main(file="sga.png"):
     print("   ", "; ".join(captions))
     kept = [GRANULARITIES[granularity] for granularity, _, _ in root["views of 80 px"]]
     print("with views of 80 px the micro box would be enlarged too much, which leaves", *kept)
+    cosines = measure_meeting(generator)
+    print("Eq. 18: cosines of the mean gradients of one root's views")
+    for name, row in zip(GRANULARITIES, cosines.tolist()):
+        print(f"    {name:5}", *(f"{cosine:6.2f}" for cosine in row))
     for name, mu, law in zip(GRANULARITIES, OFFSETS, laws):
         median, mean = law["median"], law["mean"]
         print(f"Eq. 19: {name}: offset {mu:+}, median of t {median:.3f}, mean {mean:.3f}")
     for name, gamma in zip(GRANULARITIES, GAMMAS):
         edge = 1 / (1 + gamma**0.5)
         print(f"Eq. 20: {name}: gamma {gamma:g}, the weight is below 1 for t < {edge:.3f}")
-    cosines = measure_meeting(generator)
-    print("Eq. 18: cosines of the mean gradients of one root's views")
-    for name, row in zip(GRANULARITIES, cosines.tolist()):
-        print(f"    {name:5}", *(f"{cosine:6.2f}" for cosine in row))
-    with matplotlib.rc_context({"font.size": 14, "axes.titlesize": 15}):
-        figure = Figure(figsize=(12, 10), layout="constrained")
-        axes = figure.subplots(2, 2)
-        paint_views(axes[0, 0], root["views"])
-        paint_time_laws(axes[0, 1], laws)
-        paint_weights(axes[1, 0])
-        paint_meeting(axes[1, 1], cosines)
-        figure.savefig(file, dpi=80)
-    print("drawn:", file)
+    print("The pictures: python results/figures.py views time_laws weights")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -691,8 +691,11 @@ def paint_population(axis, images):
 
 
 def paint_reader(axis, noises, shares):
-    for marker, (granularity, values) in zip("osD", shares.items()):
-        axis.plot(noises, values, marker=marker, linewidth=2.5, markersize=8, label=granularity)
+    # The colours of macro, meso and micro in every picture of the project.
+    looks = zip("osD", ("#0072b2", "#e69f00", "#009e73"))
+    for (marker, colour), (granularity, values) in zip(looks, shares.items()):
+        axis.plot(noises, values, color=colour, marker=marker, linewidth=2.5, markersize=8,
+                  label=granularity)
     axis.set(xlabel="noise added to the images (std)", ylabel="read without a mistake")
     axis.set_ylim(0, 1.05)
     axis.yaxis.set_major_formatter("{x:.0%}")

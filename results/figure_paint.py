@@ -4,15 +4,18 @@ A picture is 1024 pixels wide, as on a projector. All its text is at least 18 pi
 same colours mean the same everywhere, and a negative entry of M is a "conflict" everywhere.
 """
 
+import math
+import textwrap
+
 import matplotlib
 import torch
+import torch.nn.functional as F
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-import ntk
 import sga
-from sga import COLOURS, GRANULARITIES                  # of macro, meso, micro
+from sga import GRANULARITIES
 
 # At 100 pixels an inch, 15 points are 21 pixels.
 DPI = 100
@@ -24,7 +27,8 @@ LARGE_TYPE = {"figure.dpi": DPI, "savefig.dpi": DPI, "font.size": 17, "axes.titl
 # nothing of help or conflict, are blue and red.
 OF_M, OF_OTHERS = "PuOr", "RdBu"
 HELPS, CONFLICT = matplotlib.colormaps[OF_M](0.92), matplotlib.colormaps[OF_M](0.13)
-# Two data points, groups or samples that are no granularity.
+# Macro, meso and micro; and two data points or groups, which are no granularity.
+COLOURS = ("#0072b2", "#e69f00", "#009e73")
 PAIR = ("#2f9fd8", "#cc4c8f")
 
 
@@ -345,13 +349,16 @@ def step(measured):
     """Eq. 15: two lines that part."""
     figure = new_figure("M predicts what a small step does to the loss;\na large step overshoots")
     axis = figure.subplots()
-    ntk.paint_step(axis, measured)
-    # The message is the title of the figure. The exponent of 10^-6 would be too small to read.
-    axis.set_title("")
+    predicted, real = COLOURS[1], COLOURS[0]
+    axis.semilogx(measured["eta"], measured["predicted"], color=predicted, linewidth=5,
+                  label="predicted by M")
+    axis.semilogx(measured["eta"], measured["measured"], color=real, linewidth=5, label="measured")
+    axis.axhline(0, color="grey", linewidth=1)
+    axis.legend(loc="upper left")
+    # The exponent of 10^-6 would be too small to read.
     axis.xaxis.set_major_formatter("{x:g}")
-    for line in axis.lines[:2]:
-        line.set_linewidth(5)
     axis.set(xlabel="step size η", ylabel="change of the loss")
+    axis.set(ylim=(-1.2 * measured["loss"], 1.2 * measured["loss"]))
     return figure
 
 
@@ -410,32 +417,52 @@ def animate(film, file):
 
 # --- Semantic Granularity Alignment ---------------------------------------------------------------
 
-def one_panel(height):
+def one_panel(height, title):
     """A figure of one axis, whose title is the message of the picture."""
     figure = Figure(figsize=(10.24, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
-    return figure, figure.subplots()
+    axis = figure.subplots()
+    axis.set_title(title, fontsize=23)
+    return figure, axis
 
 
 def views(root):
-    """Algorithm 1."""
-    figure, axis = one_panel(5.6)
-    sga.paint_views(axis, root)
-    axis.title.set_fontsize(23)
+    """Algorithm 1: three views of one root, each with its caption."""
+    figure, axis = one_panel(5.6, "One root has three views, each with\na caption of its own")
+    framed = [F.pad(view, (1, 1, 1, 1), value=1.0) for _, view, _ in root]
+    axis.imshow(as_picture(torch.cat(framed, 2)))
+    captions = [textwrap.fill(caption, 14) for _, _, caption in root]
+    axis.set_yticks([])
+    axis.set_xticks([17, 51, 85], captions)
     return figure
 
 
 def time_laws(laws):
-    """Eq. 19."""
-    figure, axis = one_panel(6.6)
-    sga.paint_time_laws(axis, laws)
-    axis.title.set_fontsize(23)
+    """Eq. 19: the density of t, by granularity."""
+    figure, axis = one_panel(6.6, "Offsets: macro views see more noise,\nmicro views less")
+    t = torch.linspace(0.002, 0.998, 499)
+    for name, mu, law, colour in zip(GRANULARITIES, sga.OFFSETS, laws, COLOURS):
+        z = torch.logit(t) - mu
+        density_of_z = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+        density = density_of_z / (t * (1 - t))
+        label = f"{name}, {mu:+g}: median {law['median']:.2f}"
+        axis.plot(t, density, color=colour, linewidth=3, label=label)
+    axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="density of t", ylim=(0, 2.9))
+    axis.legend(loc="upper center")
     return figure
 
 
 def weights():
-    """Eq. 20."""
-    figure, axis = one_panel(6.6)
-    sga.paint_weights(axis)
-    axis.title.set_fontsize(23)
+    """Eq. 20: both forms of the weight."""
+    title = "Min-SNR weights: little noise counts\nlittle (dashed: velocity form)"
+    figure, axis = one_panel(6.6, title)
+    t = torch.linspace(0, 1, 501)
+    for index, (name, gamma, colour) in enumerate(zip(GRANULARITIES, sga.GAMMAS, COLOURS)):
+        granularity = torch.full((501,), index)
+        label = f"{name}, γ = {gamma:g}"
+        axis.plot(t, sga.min_snr_weight(t, granularity), color=colour, linewidth=3, label=label)
+        w = sga.min_snr_weight(t, granularity, form="velocity")
+        axis.plot(t, w, "--", color=colour, linewidth=2)
+    axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="weight", ylim=(0, 1.05))
+    axis.legend(loc=(0.52, 0.6))
     return figure

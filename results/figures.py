@@ -90,22 +90,6 @@ def measure_jacobians():
 
 # --- The quadratic form and the floor of the loss -------------------------------------------------
 
-def measure_form():
-    """A velocity v, two groups of five points in the plane, and Omega (Eq. 7, 8)."""
-    left = torch.tensor([[-1.0, 0.6], [-0.6, -0.4]], dtype=torch.float64)
-    right = torch.tensor([[0.8, 0.9], [1.0, -0.2], [0.5, 0.2]], dtype=torch.float64)
-    points = torch.cat([left, right])                              # (5, 2)
-    groups = torch.tensor([0, 0, 1, 1, 1])
-    x, t = torch.tensor([[0.2, -0.1]], dtype=torch.float64), 0.6
-    omega, u_g = fm.group_velocities(x, t, points, groups)         # (1, 2), (1, 2, 2)
-    u_star = fm.exact_velocity(x, t, points)                       # (1, 2)
-    v = u_star + torch.tensor([[0.5, -0.6]])                       # (1, 2)
-    Omega = fm.data_interaction_matrix(v, u_g)                     # (1, 2, 2)
-    found = {"v": v, "u_star": u_star, "u_g": u_g, "omega": omega, "Omega": Omega}
-    # There is one sample, and a picture needs no axis for it.
-    return {name: value[0] for name, value in found.items()}
-
-
 def measure_floor(captions=192, pixels=24, levels=39):
     """The loss floor by granularity at many t, and at those that are MARKED (Eq. 5).
 
@@ -288,7 +272,7 @@ def jacobians():
 
 
 def form():
-    return paint.form(measure_form())
+    return paint.form(fm.measure_groups())
 
 
 def floor(**cheaper):

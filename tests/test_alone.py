@@ -69,12 +69,19 @@ def demos(tmp_path_factory, processes):
     return {name: (folders[name], *result) for name, result in zip(folders, found)}
 
 
-@pytest.mark.parametrize("name", ["toy_data", "flow_matching"])
-def test_its_demo_paints_a_picture_alone(demos, name):
-    folder, printed, error = demos[name]
+def test_the_demo_of_the_data_paints_a_picture_alone(demos):
+    folder, printed, error = demos["toy_data"]
     assert not error
-    assert f"drawn: {name}.png" in printed
-    assert (folder / f"{name}.png").stat().st_size > 10_000
+    assert "drawn: toy_data.png" in printed
+    assert (folder / "toy_data.png").stat().st_size > 10_000
+
+
+def test_the_demo_of_flow_matching_prints_its_equations_alone(demos):
+    _, printed, error = demos["flow_matching"]
+    assert not error
+    numbers = [int(number) for number in re.findall(r"^Eq\. (\d+)", printed, re.M)]
+    assert set(numbers) == {1, 4, 5, 6, 8, 9} and numbers == sorted(numbers)
+    assert "python results/figures.py" in printed
 
 
 @pytest.mark.parametrize("name", ["dit", "unet"])

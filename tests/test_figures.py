@@ -20,6 +20,7 @@ import ntk
 import toy_data
 from results import figure_paint as paint
 from results import figures
+from support.pictures import VIEW_COLOURS
 
 CHEAPER = {"floor": {"captions": 4, "pixels": 8, "levels": 3},
            "influence": {"steps": 1, "noises": 2, "pixels": 8},
@@ -136,7 +137,6 @@ def test_text_that_is_small_or_cut_off_or_covered_is_noticed():
 
 
 def test_the_colours_of_the_granularities_are_the_same_everywhere():
-    from support.pictures import VIEW_COLOURS
     assert dict(zip(paint.GRANULARITIES, paint.COLOURS)) == VIEW_COLOURS
 
 
@@ -196,7 +196,7 @@ def test_the_one_cell_of_M_is_what_the_blocks_say(drawn):
 
 
 def test_the_quadratic_form_is_the_squared_length_of_the_black_arrow(drawn):
-    form = figures.measure_form()
+    form = fm.measure_groups()
     squared = (form["v"] - form["u_star"]).square().sum()
     weighted = form["omega"] @ form["Omega"] @ form["omega"]
     assert close(squared, weighted, scale=10)
@@ -307,6 +307,17 @@ def test_a_still_shows_the_cosines_of_M():
     shown = torch.tensor(axis.images[0].get_array().data)
     assert torch.equal(shown, shot["cosines"])
     assert torch.allclose(shown.diagonal(), torch.ones(12))
+
+
+def test_the_readme_says_the_floor_as_it_is_drawn():
+    floors = figures.measure_floor(levels=1)
+    said = []
+    for name in toy_data.GRANULARITIES:
+        _, half, _, noisy = floors[f"{name} marked"]
+        assert half < 0.0015
+        said.append(f"{noisy:.3f} ({name})".removeprefix("0"))
+    page = (figures.ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"At t = .5 the floor is .001 or less, at t = .95 it is {', '.join(said)}" in page
 
 
 # --- The command ----------------------------------------------------------------------------------

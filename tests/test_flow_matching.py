@@ -332,6 +332,28 @@ def test_the_mean_image_needs_a_velocity_that_sees_x():
     assert near(fm.euler(ignores_x, noise, times), mean + noise)
 
 
+def test_fresh_noise_in_the_target_teaches_a_denoiser():
+    """Eq. 2, 4: what a best v leaves over has no part along any function h of x_t."""
+    points, n, t = torch.tensor([[-1.0], [1.0]], dtype=torch.float64), 20000, 0.6
+    x0 = rand(n, 1).sign()
+    e, fresh = rand(n, 1, seed=1), rand(n, 1, seed=2)
+    x_t = fm.path(x0, e, t)
+    u_star = fm.exact_velocity(x_t, t, points)
+    denoiser = t * u_star - x_t                        # -E[x0 | x_t]
+
+    def is_best(v, u):
+        for h in (torch.ones_like(x_t), x_t, x_t.sin()):
+            left_over = (u - v) * h
+            if left_over.mean().abs() > 5 * left_over.std() / n**0.5:
+                return False
+        return True
+
+    assert is_best(denoiser, fresh - x0) and is_best(u_star, fm.target(x0, e))
+    assert not is_best(u_star, fresh - x0)                             # twins
+    assert not is_best(denoiser, fm.target(x0, e))
+    assert not is_best(torch.zeros_like(x_t), fresh - x0)              # no constant either
+
+
 TOKENS = torch.tensor([[1, 2], [3, 0], [0, 0]])
 
 

@@ -215,7 +215,7 @@ def test_an_arrow_that_goes_up_is_noticed(file, more, found):
 
 
 def test_what_a_demo_may_import_is_allowed():
-    for name in ("main", "measure_meeting", "paint_views"):
+    for name in ("main", "measure_meeting", "paint_reader"):
         demo = f"def {name}():\n    import matplotlib, dit\n    from ntk import cosines\n"
         assert forbidden_imports("sga.py", demo) == set()
     assert forbidden_imports("results/study.py", "import train, results") == set()

@@ -6,6 +6,7 @@ a test says so.
 
 import itertools
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -922,6 +923,21 @@ def test_agreeing_tuples_make_a_step_noisier_and_conflicting_ones_quieter():
         assert (tuples > random) == (sign > 0)
 
 
+def test_a_density_and_a_weight_of_the_loss_have_one_expectation_and_two_noises():
+    """Eq. 23: of three noise levels, one in a step, with the weight or the frequency 3 : 2 : 1."""
+    weight = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    g = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    by_weight = torch.diag(weight)                     # each level in one step of three
+    by_density = 2 * torch.eye(3, dtype=torch.float64)[[0, 0, 0, 1, 1, 2]]
+    squared, mean = ntk.step_noise(g @ g.T, by_weight)
+    squared_density, mean_density = ntk.step_noise(g @ g.T, by_density)
+    assert mean == pytest.approx(mean_density.item())
+    each = g.square().sum(1)
+    assert squared == pytest.approx((weight**2 * each).mean().item())
+    assert squared_density == pytest.approx((2 * weight * each).mean().item())
+    assert abs(squared - squared_density) > 0.1 * squared
+
+
 # --- The benchmark and the demo -------------------------------------------------------------------
 
 def test_the_benchmarks_competitors_give_the_same_kernel(case):
@@ -962,12 +978,21 @@ def test_the_cost_counts_the_memory_that_is_needed():
     assert seconds > 0
 
 
-def test_demo_draws(tmp_path, capsys):
-    ntk.main(tmp_path / "picture.png", training=8, steps=2)
+def test_the_demo_prints_what_the_readme_says_of_the_frozen_kernel(capsys):
+    """Eq. 13: both sides as they are printed. Eq. 16: the page's shares, to a point and a half."""
+    ntk.main()
     printed = capsys.readouterr().out
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
-    # Eq. 13: both sides as they are printed, to a tenth.
     numbers = printed.split("dL/dtau = ")[1]
     own, cross = float(numbers.split()[0]), float(numbers.split()[4])
     squared = float(numbers.split("|grad L|^2 = ")[1].split()[0])
     assert own + cross == pytest.approx(squared, abs=0.2)
+
+    shares = re.findall(r"(\S+)% of the loss is left, a frozen kernel says (\S+)%;", printed)
+    early, early_frozen = map(float, shares[0])
+    late, late_frozen = map(float, shares[1])
+    assert abs(early_frozen - early) < 1.5
+    assert late_frozen - late > 5
+    page = (Path(ntk.__file__).parent / "README.md").read_text(encoding="utf-8")
+    said = re.search(r"says (\d+)% and (\d+)% is left.* says (\d+)% and (\d+)% is left", page)
+    measured = (early_frozen, early, late_frozen, late)
+    assert [float(share) for share in said.groups()] == pytest.approx(measured, abs=1.5)

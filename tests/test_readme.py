@@ -10,6 +10,7 @@ import ast
 import contextlib
 import functools
 import io
+import json
 import re
 import shlex
 import signal
@@ -324,9 +325,8 @@ def test_the_differences_from_the_paper_are_linked_to_the_code():
 # --- Figures: each names its command, and a test runs that command, small -------------------------
 
 RUN_BY = {"toy_data.py": ("test_alone.py", "demos"),
-          "flow_matching.py": ("test_alone.py", "demos"),
-          "ntk.py": ("test_shapes.py", "run_ntk"),
-          "sga.py": ("test_shapes.py", "run_sga"),
+          "results/figures.py": ("test_figures.py", "drawn"),
+          "results/first_minutes.py": ("test_first_minutes.py", "printed"),
           "train.py": ("test_train.py", "finished"),
           "results/study.py": ("test_study.py", "test_the_figures_are_drawn_from_the_rows"),
           "results/cover.py": ("test_train.py", "test_the_cover_is_drawn")}
@@ -345,6 +345,22 @@ def test_every_figure_exists_and_names_a_command_that_a_test_runs(page, figure):
     for command in commands:
         file, name = RUN_BY[command]
         assert name in functions(f"tests/{file}")
+    if "/figures/" in figure:
+        assert f"`python results/figures.py {Path(figure).stem}`" in caption
+
+
+def test_the_readme_shows_every_picture_of_the_derivation():
+    shown = set(re.findall(r"\]\(results/figures/(\w+)\.png\)", README))
+    assert shown == {file.stem for file in (ROOT / "results/figures").glob("*.png")}
+
+
+def test_the_readme_knows_how_much_of_the_loss_is_its_floor():
+    shares = []
+    for file in (ROOT / "results/runs").glob("*.json"):
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        shares += [row["floor"] / row["loss"] for row in rows]
+    assert f"{min(shares):.0%} to {max(shares):.0%} of a default run's loss" in README
+    assert len(shares) == 6 * 8
 
 
 # --- What the pages explain -----------------------------------------------------------------------

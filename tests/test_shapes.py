@@ -413,7 +413,7 @@ def run_ntk(watch, ntk):
         ntk.step_noise(rand(6, 6), rand(3, 6))
     with watch.given(ntk.sign_agreement, N=6, D=4):
         ntk.sign_agreement(rand(6, 6), r)
-    ntk.main(training=2, steps=2)
+    ntk.main(training=2, moments=(1, 2))
 
 
 def run_factors(watch, ntk):
@@ -526,7 +526,7 @@ CALLS = {"toy_data": run_toy_data, "flow_matching": run_flow_matching, "ntk": ru
 
 @pytest.fixture(scope="module", params=CALLS)
 def watch(request):
-    """A Watch that has seen what a module does. The demos paint, but save nothing."""
+    """A Watch that has seen what a module does. A demo that paints saves nothing."""
     watch, loaded = Watch(), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)

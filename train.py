@@ -51,9 +51,9 @@ class Settings:
                         "would hold up (with one GPU)", choices=(0, 1))
     init: str = option("", "a checkpoint to fine-tune, instead of pretraining")
     # The data.
-    pixels: int = option(24, "height and width of an image", 8, 256)
+    pixels: int = option(16, "height and width of an image", 8, 256)
     objects: int = option(1, "objects in a scene", choices=(1, 2))
-    roots: int = option(32, "images to fine-tune on, each seen at three granularities", 1)
+    roots: int = option(256, "images to fine-tune on, each seen at three granularities", 1)
     smallest_object: float = option(0.0, "roots whose object has a smaller radius have no micro "
                                     "view: it would be enlarged too much", 0.0, 1.0)
     # The network.
@@ -65,30 +65,29 @@ class Settings:
                       choices=tuple(sga.ARMS))
     pretrain_views: str = option("all", "of the pretraining: whole scenes alone (macro), or all "
                                  "granularities, half of them macro", choices=("macro", "all"))
-    pretrain_steps: int = option(10000, "optimizer steps on the base domain", 1)
-    finetune_steps: int = option(600, "optimizer steps on views of the target domain (the arm big "
-                                 "takes a third, with thrice the views)", 0)
-    batch: int = option(16, "images in a step of the pretraining", 1)
+    pretrain_steps: int = option(5600, "optimizer steps on the base domain", 1)
+    finetune_steps: int = option(1200, "on views of the target domain (arm big: a third)", 0)
+    batch: int = option(32, "images in a step of the pretraining", 1)
     tuples: int = option(8, "tuples in a step of the fine-tuning, of up to three views each", 1)
     chunk: int = option(0, "most views in one backward pass, to save memory; 0: all of a step", 0)
     lr: float = option(3e-3, "peak learning rate of the pretraining", 0.0, 1.0)
-    finetune_lr: float = option(1e-3, "peak learning rate of the fine-tuning", 0.0, 1.0)
+    finetune_lr: float = option(2e-3, "peak learning rate of the fine-tuning", 0.0, 1.0)
     rank: int = option(0, "of the adapters that the fine-tuning trains in place of all weights; "
                        "0: all weights", 0, 4096)
-    warmup: int = option(100, "steps in which the learning rate rises", 1)
+    warmup: int = option(200, "steps in which the learning rate rises", 1)
     weight_decay: float = option(0.0, "of AdamW", 0.0, 1.0)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12)
     ema: float = option(0.999, "decay of the averaged weights, which are evaluated", 0.0, 0.99999)
     caption_dropout: float = option(0.1, "share of captions replaced by the null caption, for "
                                     "guidance", 0.0, 1.0)
-    time_mean: float = option(0.5, "noise levels: t = sigmoid(z), z ~ N(time_mean + the arm's "
+    time_mean: float = option(0.0, "noise levels: t = sigmoid(z), z ~ N(time_mean + the arm's "
                               "offset, time_std^2)", -10.0, 10.0)
     time_std: float = option(1.0, "see time_mean", 0.0, 100.0)
     time_shift: float = option(1.0, "resolution shift of t; above 1 favours noise", 1e-3, 1e3)
     # The report.
-    every: int = option(250, "steps between two rows of the log, each with a checkpoint", 1)
-    guidance: float = option(2.0, "scale of the guidance when sampling; 1 is off", 0.0, 100.0)
-    sample_steps: int = option(12, "steps of Heun's method when sampling", 1)
+    every: int = option(400, "steps between two rows of the log, each with a checkpoint", 1)
+    guidance: float = option(1.5, "scale of the guidance when sampling; 1 is off", 0.0, 100.0)
+    sample_steps: int = option(8, "steps of Heun's method when sampling", 1)
     eval_images: int = option(256, "images behind every figure of the report", 2)
     probe: int = option(0, "roots whose interaction matrix joins every row of the log", 0)
 
@@ -100,11 +99,12 @@ class Settings:
 
 # A step of either phase has 192 = 3 * 64 views, so that nothing is compiled for a second size.
 GPU = {"device": "cuda", "precision": "bfloat16", "graph": 1, "pixels": 32, "objects": 2,
-       "width": 192, "batch": 192, "tuples": 64, "lr": 2e-3, "every": 5000}
+       "width": 192, "batch": 192, "tuples": 64, "lr": 2e-3, "pretrain_steps": 10000,
+       "finetune_steps": 600, "every": 5000}
 TINY = {"width": 24, "depth": 1, "roots": 4, "pretrain_steps": 8, "finetune_steps": 4, "batch": 4,
         "tuples": 2, "warmup": 2, "every": 2, "sample_steps": 2, "eval_images": 8}
 PRESETS = {("cpu", "dit"): {},
-           ("cpu", "unet"): {"pretrain_steps": 4500, "batch": 32, "lr": 2e-3},
+           ("cpu", "unet"): {"pretrain_steps": 4500, "lr": 2e-3},
            ("gpu", "dit"): GPU, ("gpu", "unet"): GPU,
            ("tiny", "dit"): TINY, ("tiny", "unet"): TINY}
 

@@ -1272,7 +1272,7 @@ def test_who_meets_in_a_tuple():
 
 def levels(arm):
     """The noise levels (n,) of a large step of an arm, and each one's granularity (n,)."""
-    run = finetuning(arm=arm, **PLANS | {"tuples": 4000, "finetune_steps": 1})
+    run = finetuning(arm=arm, **PLANS | {"tuples": 4000, "finetune_steps": 1, "time_mean": 0.5})
     _, _, t, _, _ = first_batch(run)
     return t, run.granularity[run.plan[0][0]]
 

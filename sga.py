@@ -593,7 +593,7 @@ def _join(steps):
 # --- The demo -------------------------------------------------------------------------------------
 
 def measure_views(generator):
-    """The views of one root of 96 px, by Algorithm 1."""
+    """The views of one root of 96 px, by Algorithm 1. A caption names what its view shows."""
     import toy_data
 
     scene = toy_data.sample_scenes(1, generator, "target")
@@ -602,9 +602,14 @@ def measure_views(generator):
     for name in GRANULARITIES[1:]:
         box = 96 * toy_data.view_boxes(scene, name)[0]  # (4,)
         boxes[name] = tuple(box.clamp(0, 96).tolist())
-    caption = toy_data.captions(scene, "macro")[0].removeprefix("macro ")
-    return {"views": decompose(image, boxes, caption, 32),
-            "views of 80 px": decompose(image, boxes, caption, 80)}
+    found = {}
+    for pixels in (32, 80):
+        views = []
+        for index, view, _ in decompose(image, boxes, "", pixels):
+            caption = toy_data.captions(scene, GRANULARITIES[index])[0]
+            views.append((index, view, caption))
+        found[f"views of {pixels} px"] = views
+    return found
 
 
 def measure_time_laws(generator, n=100_000):
@@ -661,7 +666,7 @@ def main():
         return
     generator = torch.Generator().manual_seed(0)
     root, laws = measure_views(generator), measure_time_laws(generator)
-    captions = [caption for _, _, caption in root["views"]]
+    captions = [caption for _, _, caption in root["views of 32 px"]]
     print(f"Algorithm 1: {len(captions)} views of 32 px from one root of 96 px:")
     print("   ", "; ".join(captions))
     kept = [GRANULARITIES[granularity] for granularity, _, _ in root["views of 80 px"]]

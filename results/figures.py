@@ -294,7 +294,7 @@ def matrix(stills=STILLS, **cheaper):
 
 def views():
     root = sga.measure_views(torch.Generator().manual_seed(0))
-    return paint.views(root["views"])
+    return paint.views(root["views of 32 px"])
 
 
 def time_laws():

@@ -29,7 +29,7 @@ from results import figures  # noqa: E402
 
 PIXELS = 12
 D = 3 * PIXELS * PIXELS
-STEPS, BATCH, LEARNING_RATE, WARMUP = 1000, 32, 3e-3, 30
+STEPS, BATCH, LEARNING_RATE, WARMUP = 850, 32, 3e-3, 30
 # Guidance and steps of Heun's method, for samples.
 SCALE, SAMPLE_STEPS = 2.0, 8
 
@@ -41,7 +41,7 @@ def some_scenes(n, generator, split="seen"):
 
 
 def new_network():
-    return dit.DiT(len(toy_data.WORDS), PIXELS, patch=3, width=64, depth=3)
+    return dit.DiT(len(toy_data.WORDS), PIXELS, patch=3, width=64, depth=2)
 
 
 def measure_training(steps, generator, held):

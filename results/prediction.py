@@ -7,8 +7,8 @@ products of gradients alone:
 - <G_view, E ghat>, how fast a small step lowers the plain loss of each granularity (Eq. 22 with
   one factor a, Eq. 21). G_view is the gradient of that loss.
 
-An arm is compared with the baseline. Where an arm leaves the expected gradient as it is, only the
-first number can differ.
+An arm is compared with the baseline. Where an arm leaves the expected gradient as it is, only
+E|ghat|^2 can differ. All is for L = |r|^2 / 2 and plain gradient descent.
 """
 
 import torch

@@ -1,11 +1,11 @@
-"""The square of a training step: what M predicts (Eq. 23), beside what training steps have.
+"""The square of a step's gradient: what M predicts (Eq. 23), beside what training steps have.
 
     python results/step_noise.py                # it goes on where it was stopped
 
-A network is fine-tuned as the baseline. At a few checkpoints its weights are held, and every way to
-choose the views of a step is looked at twice: once through the interaction matrix M of all views,
-and once through the gradients of many steps that train.draw_batch draws. A row of step_noise.jsonl
-holds both numbers. The bases are those of results/regimes.py, which makes them.
+A network is fine-tuned as the baseline. At a few checkpoints its weights are held, and nine ways to
+choose or weigh the views of a step are looked at twice: once through the interaction matrix M of
+all views, and once through the gradients, before clipping, of steps that train.draw_batch draws.
+A row of step_noise.jsonl holds both numbers. The bases are those of results/regimes.py.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def look(run, scheme, number, repeats):
     arm = sga.ARMS[scheme]
     take(run, arm)
     own, between = prediction.products_of_views(run, arm, repeats)
-    square, mean_square = prediction.expected_squares(run.plan, own, between)
+    square, mean_square = prediction.expected_squares(run.plan[:number], own, between)
     # M is that of r = v - u. The training loss |r|^2 / D has 2 / D times the gradient.
     D = 3 * run.settings.pixels**2
     factor = (2 / D) ** 2

@@ -1,4 +1,4 @@
-"""The three yardsticks of the study, for one fine-tuned network.
+"""The three yardsticks of the second study (regimes.py), for one fine-tuned network.
 
 Fit asks how close the network is to what its loss asks for: the exact velocity u* of the very
 images that it was fine-tuned on. Generalisation asks for the exact velocity of all images of a

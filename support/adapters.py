@@ -1,8 +1,9 @@
 """Low-rank adapters (--rank): the network is frozen, and a correction of each layer is trained.
 
 A layer's matrix W becomes W + B A. A has `rank` rows and B as many columns, so that the correction
-has no larger rank, and far fewer numbers are trained. Both are ordinary layers. So the kernel and
-the interaction matrix of what is trained are as exact as those of the whole network.
+has no larger rank. With a small rank far fewer numbers are trained. Both are ordinary layers, so
+the kernel and the interaction matrix of what is trained are as exact as those of all weights. B is
+0 at first: then A has no gradient yet, and the first M is that of the B's alone.
 """
 
 import torch
@@ -16,6 +17,9 @@ class Adapted(nn.Module):
         super().__init__()
         self.layer = layer
         if isinstance(layer, nn.Conv2d):
+            if layer.groups > 1 or layer.dilation != (1, 1):
+                raise ValueError("an adapter needs a convolution without groups or dilation, not "
+                                 f"{layer}")
             # A sees what the layer sees; B mixes A's channels at each place.
             self.A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride,
                                layer.padding, bias=False)

@@ -121,3 +121,9 @@ def test_an_init_with_adapters_is_refused_in_one_sentence(model, tmp_path):
     run.save(file)
     with pytest.raises(SystemExit, match="it is fine-tuned with adapters"):
         train.new_run(settings(model, init=file), str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("more", [{"groups": 2}, {"dilation": 2}])
+def test_a_convolution_that_an_adapter_does_not_fit_is_refused(more):
+    with pytest.raises(ValueError, match="without groups or dilation"):
+        adapters.Adapted(torch.nn.Conv2d(4, 4, 3, **more), 2)

@@ -360,7 +360,7 @@ def test_the_readme_knows_how_much_of_the_loss_is_its_floor():
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
         shares += [row["floor"] / row["loss"] for row in rows]
     assert f"{min(shares):.0%} to {max(shares):.0%} of a default run's loss" in README
-    assert len(shares) == 6 * 8
+    assert len(shares) == 12 + 3 * 8
 
 
 # --- What the pages explain -----------------------------------------------------------------------

@@ -34,7 +34,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from results import prediction, yardsticks  # noqa: E402
+from results import prediction, study_statistics, yardsticks  # noqa: E402
 from results.study import train_to_the_end  # noqa: E402
 from support import book, report  # noqa: E402
 
@@ -125,10 +125,7 @@ def run_once(regime, model, arm, seed, rate):
 
 def read_rows():
     """Every run so far."""
-    if not ROWS.exists():
-        return []
-    with open(ROWS, encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
+    return study_statistics.read_rows(ROWS)
 
 
 def key_of(row):

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 import sga  # noqa: E402
 import train  # noqa: E402
-from results import prediction, regimes  # noqa: E402
+from results import prediction, regimes, study_statistics  # noqa: E402
 from support import report  # noqa: E402
 
 ROWS = ROOT / "results/step_noise.jsonl"
@@ -97,10 +97,7 @@ def measure(model, regime, number, repeats, done):
 
 def read_rows():
     """Every row so far."""
-    if not ROWS.exists():
-        return []
-    with open(ROWS, encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
+    return study_statistics.read_rows(ROWS)
 
 
 def main():

@@ -29,8 +29,8 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from results import study_figures, study_tables  # noqa: E402
-from results.study_statistics import ARMS, MODELS, ROWS, THIRDS, VIEWS, read_rows  # noqa: E402
+from results import study_figures, study_tables, yardsticks  # noqa: E402
+from results.study_statistics import ARMS, MODELS, ROWS, VIEWS, read_rows  # noqa: E402
 from support import book, report  # noqa: E402
 
 RUNS = ROOT / "runs/study"
@@ -135,9 +135,7 @@ def errors_by_third(folder):
     for split in ("seen", "held_out"):
         for view in VIEWS:
             held = report.validation_set(s, run.roots, "target", split, view)
-            thirds = zip(*(tensor.tensor_split(len(THIRDS)) for tensor in held))
-            errors = [report.validate(run.ema, third, s)["error"] for third in thirds]
-            found[f"{split} {view}"] = errors
+            found[f"{split} {view}"] = yardsticks.errors_by_third(run.ema, held, s)
     return found
 
 

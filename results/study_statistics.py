@@ -18,7 +18,7 @@ LATER = ("quiet", "min_snr_velocity")
 ARMS = [arm for arm in sga.ARMS if arm not in LATER] + ["sga-short"]
 MODELS = {"dit": "DiT", "unet": "U-Net"}
 VIEWS = sga.GRANULARITIES
-THIRDS = ("data", "middle", "noise")
+THIRDS = ("data", "middle", "noise")            # of the noise levels t
 
 # An arm with fewer seeds was begun and not completed. Two differences are no interval.
 FEWEST_SEEDS = 3

@@ -13,11 +13,11 @@ import torch
 
 import flow_matching as fm
 import toy_data
+from results.study_statistics import THIRDS
 from support import machine, report
 
 VIEWS = toy_data.GRANULARITIES
 SPLITS = ("seen", "held_out")
-THIRDS = ("data", "middle", "noise")           # of the noise levels t
 GUIDANCE = (1.0, 2.0)
 READ = ("layout", "shape_colour", "texture", "joint")
 

@@ -62,7 +62,7 @@ ARMS = {"dit": ["baseline", "sga", "sga-short", "tuple", "tuple_max", "stratifie
 SEEDS = (1, 2, 3, 4, 5)
 
 # The rates to choose from, and the seed of the choice.
-RATES = {4: (1e-3, 3e-3, 1e-2), 0: (3e-4, 1e-3, 3e-3)}
+RATES = {4: (1e-3, 3e-3, 1e-2, 3e-2), 0: (3e-4, 1e-3, 3e-3, 1e-2)}
 CHOOSING_SEED = 100
 
 

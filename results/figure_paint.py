@@ -47,10 +47,12 @@ def arrow(axis, start, end, colour, width=4):
     axis.annotate("", tuple(end), tuple(start), arrowprops=look)
 
 
-def number_table(axis, table, colours=OF_OTHERS, size=24, decimals=2):
-    """A matrix as cells with numbers in them."""
+def number_table(axis, table, colours=OF_OTHERS, size=24, decimals=2, largest=None):
+    """A matrix as cells with numbers in them. Tables with one `largest` have the same colours."""
+    if largest is None:
+        largest = table.abs().max().item()
     # The darkest colours are left out, so that numbers can be read on all.
-    scale = 1.3 * table.abs().max().item()
+    scale = 1.3 * largest
     axis.imshow(table.numpy(), vmin=-scale, vmax=scale, cmap=colours)
     for i, row in enumerate(table.tolist()):
         for j, value in enumerate(row):
@@ -146,8 +148,8 @@ def paint_triangle(axis, measured):
     axis.annotate("v", tuple(v), (0, -14), textcoords="offset points", color="dimgrey",
                   fontsize=26, ha="center", va="top")
     without_ticks(axis)
-    axis.set_aspect("equal", "datalim")
-    axis.margins(0.25)
+    axis.set_aspect("equal")
+    axis.margins(0.15, 0.6)
     axis.set(xlabel="velocity, first output", ylabel="second output")
     axis.set_title("u*: mean of the groups'\nvelocities u₁ and u₂", fontsize=20)
 
@@ -273,7 +275,7 @@ def jacobians(measured):
         without_ticks(axis)
     left, right = blocks.subfigures(1, 2, width_ratios=(1, 1.25))
     paint_blocks(left.subplots(), K)
-    paint_one_cell(right, K[0, 1], r, M[0, 1])
+    paint_one_cell(right, K, r, M[0, 1])
     return figure
 
 
@@ -295,16 +297,18 @@ def paint_blocks(axis, K):
     axis.set_title("K: its blocks are J Jᵀ", fontsize=20, pad=14)
 
 
-def paint_one_cell(figure, block, r, M_12):
-    """r_1^T K_12 r_2 = M_12, with the numbers of all four."""
+def paint_one_cell(figure, K, r, M_12):
+    """r_1^T K_12 r_2 = M_12, with the numbers of all four. K_12 has the colours of the whole K."""
     row, column = r[0][None], r[1][:, None]
-    tables = (row, block, column, M_12.view(1, 1))
+    tables = (row, K[0, 1], column, M_12.view(1, 1))
     titles = ("r₁ᵀ", "K₁₂", "r₂", "= M₁₂")
+    of_r, of_K = r.abs().max().item(), K.abs().max().item()
+    largest = (of_r, of_K, of_r, None)
     # The widths are those of the tables, so that their cells have one size.
     axes = figure.subplots(1, 4, width_ratios=(2, 2, 1, 1.3))
-    for axis, table, title in zip(axes, tables, titles):
+    for axis, table, title, scale in zip(axes, tables, titles, largest):
         colours = OF_M if axis is axes[-1] else OF_OTHERS
-        number_table(axis, table, colours, size=18, decimals=1)
+        number_table(axis, table, colours, size=18, decimals=1, largest=scale)
         without_ticks(axis)
         axis.set_title(title, fontsize=24)
     axes[-1].set_xlabel(in_words(M_12), fontsize=20, color=colour_of(M_12))
@@ -395,7 +399,7 @@ def paint_shot(axis, shot):
         axis.axhline(edge - 0.5, color="black", linewidth=1)
         axis.axvline(edge - 0.5, color="black", linewidth=1)
     share = share_of_one_direction(cosines)
-    axis.set_title(f"step {shot['step']}: {share:.0%} common")
+    axis.set_title(f"step {shot['step']}: {share:.0%} along one")
     axis.set_xticks((2.5, 8.5), ("on white", "on black"))
     axis.set_yticks((2.5, 8.5), ("on white", "on black"), rotation=90, va="center")
     return shown
@@ -454,7 +458,7 @@ def time_laws(laws):
 
 def weights():
     """Eq. 20: both forms of the weight."""
-    title = "Min-SNR weights: little noise counts\nlittle (dashed: velocity form)"
+    title = "Min-SNR weights make little noise count little;\nthe velocity form, much noise too"
     figure, axis = one_panel(6.6, title)
     t = torch.linspace(0, 1, 501)
     for index, (name, gamma, colour) in enumerate(zip(GRANULARITIES, sga.GAMMAS, COLOURS)):
@@ -463,6 +467,8 @@ def weights():
         axis.plot(t, sga.min_snr_weight(t, granularity), color=colour, linewidth=3, label=label)
         w = sga.min_snr_weight(t, granularity, form="velocity")
         axis.plot(t, w, "--", color=colour, linewidth=2)
+    axis.plot([], [], color="black", linewidth=3, label="solid: epsilon form")
+    axis.plot([], [], "--", color="black", linewidth=2, label="dashed: velocity form")
     axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="weight", ylim=(0, 1.05))
-    axis.legend(loc=(0.52, 0.6))
+    axis.legend(loc=(0.55, 0.42))
     return figure

@@ -499,7 +499,7 @@ ARMS = {
     # Beyond the paper. In "quiet" views in conflict meet. "measured" reads its
     # offsets from the interaction matrix, and "lean" is its control: about the
     # same mean offset, alike for every granularity.
-    "quiet": Arm(meet="conflict"),
+    "quiet": Arm(meet="conflict", weigh="view"),
     "measured": Arm(measured=True),
     "lean": Arm(offsets=(-0.25, -0.25, -0.25)),
     # The method: root tuples, and the scale that suits the network, which

@@ -30,14 +30,27 @@ COLOURS = {"dit": "#0072b2", "unet": "#d55e00"}
 QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
              10: 2.262}
 
-REGIME_TITLES = {"paper": "all views, rank 4,\n1 tuple (paper-like)",
+REGIME_TITLES = {"paper": "paper-like",
                  "macro_base": "macro base",
                  "all_weights": "all weights",
-                 "eight_tuples": "8 tuples"}
+                 "eight_tuples": "8 tuples a step"}
 ARM_TITLES = {"sga": "SGA", "sga-short": "SGA, 2/3 of the images", "tuple": "root tuples, 1/K_g",
               "tuple_max": "root tuples, 1/K_max", "stratified": "stratified, 1/K_g",
               "quiet": "quiet tuples", "offsets": "offsets", "flipped": "flipped offsets",
               "min_snr": "Min-SNR, epsilon", "min_snr_velocity": "Min-SNR, velocity"}
+
+# An ingredient: has it the baseline's objective, and its expected gradient; what does it change?
+MECHANISMS = {
+    "tuple_max": ("yes", "yes", "views of one root meet"),
+    "quiet": ("yes", "yes", "views in conflict meet (Eq. 23)"),
+    "tuple": ("no", "no", "views of one root meet; a root's views share its weight"),
+    "stratified": ("no", "no", "the same weights, without the roots"),
+    "offsets": ("no", "no", "noise levels by granularity"),
+    "flipped": ("no", "no", "the opposite noise levels"),
+    "min_snr": ("no", "no", "weights by noise level and granularity"),
+    "min_snr_velocity": ("no", "no", "such weights, small near noise too"),
+    "sga": ("no", "no", "all of the method"),
+    "sga-short": ("no", "no", "the method with 2/3 of the images")}
 
 
 # --- Measures of one run --------------------------------------------------------------------------
@@ -111,13 +124,17 @@ def t_interval(values):
     return centre, centre - half, centre + half
 
 
-def predicted_squares(table, arm):
-    """By seed: E|ghat|^2 of the arm over that of the baseline, predicted from the base's M."""
+def noise_of(row):
+    """E|ghat|^2 over |E ghat|^2 as predicted from the base's M. Without noise it would be 1."""
+    return row["predicted"]["square"] / row["predicted"]["mean_square"]
+
+
+def predicted_noises(table, arm):
+    """By seed: the noise of the arm's first steps over that of the baseline's."""
     ratios = []
     for seed in regimes.SEEDS:
         if (arm, seed) in table and ("baseline", seed) in table:
-            own = table[arm, seed]["predicted"]["square"]
-            ratios.append(own / table["baseline", seed]["predicted"]["square"])
+            ratios.append(noise_of(table[arm, seed]) / noise_of(table["baseline", seed]))
     return ratios
 
 
@@ -190,14 +207,40 @@ def bootstrap_table(rows, regime, model):
 def prediction_table(rows, regime, model):
     """The lines of a table: what M of the base said before the arms were trained."""
     table = table_of(rows, regime, model)
-    lines = ["| arm | E\\|ĝ\\|² over the baseline's | macro (%) | meso (%) | micro (%) |",
+    lines = ["| arm | noise of a step over the baseline's | macro (%) | meso (%) | micro (%) |",
              "|---|---|---|---|---|"]
     for arm in regimes.ARMS[model][1:]:
-        ratios = predicted_squares(table, arm)
+        ratios = predicted_noises(table, arm)
         if ratios and arm != "sga-short":
             cells = [text_of(ratios, ".3f")]
             cells += [text_of(predicted_rates(table, arm, view)) for view in yardsticks.VIEWS]
             lines.append(f"| {ARM_TITLES[arm]} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def mechanism_table(rows, model):
+    """The lines of a table: what each ingredient is, what M said beforehand, what then happened.
+
+    It is about the paper-like regime. Predictions and effects are means over the seeds, the latter
+    with their intervals.
+    """
+    table = table_of(rows, "paper", model)
+    lines = ["| ingredient | same objective? | same expected gradient? | what it changes "
+             "| M said: noise of a step | M said: macro, meso, micro | fit | generalisation |",
+             "|---|---|---|---|---|---|---|---|"]
+    for arm, (objective, gradient, change) in MECHANISMS.items():
+        ratios = predicted_noises(table, arm)
+        if len(ratios) < 2:
+            continue
+        noise, speeds = f"{mean(ratios):.2f}", ""
+        if gradient == "no":
+            means = [mean(predicted_rates(table, arm, view)) for view in yardsticks.VIEWS]
+            speeds = ", ".join(f"{value:+.0f}%" for value in means)
+        if arm == "sga-short":
+            noise = speeds = ""
+        measured = [text_of(effects(table, arm, name)) for name in ("fit", "generalisation")]
+        cells = (ARM_TITLES[arm], objective, gradient, change, noise, speeds, *measured)
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -216,14 +259,16 @@ def tables(rows):
     lines = ["# The second study: tables", "",
              "Written by `python results/regimes_report.py` from `regimes.jsonl`. An effect is an "
              "arm minus the baseline of the same seed, with its t interval.", ""]
+    for model, name in NAMES.items():
+        lines += [f"## Mechanisms, {name}", "", *mechanism_table(rows, model), ""]
     for regime in regimes.REGIMES:
         for model, name in NAMES.items():
             if not table_of(rows, regime, model):
                 continue
             lines += [f"## {regime}, {name}", "", "Effects:", ""]
             lines += effect_table(rows, regime, model) + [""]
-            lines += ["Predicted from M of the base. The rates are those of equally long steps, "
-                      "by granularity:", ""]
+            lines += ["Predicted from M of the base: the noise E\\|ĝ\\|²/\\|E ĝ\\|² of a step, and the "
+                      "rates of equally long steps by granularity:", ""]
             lines += prediction_table(rows, regime, model) + [""]
             lines += ["The same effects by bootstrap, too narrow for few seeds:", ""]
             lines += bootstrap_table(rows, regime, model) + [""]
@@ -234,34 +279,63 @@ def tables(rows):
 
 # --- Figures --------------------------------------------------------------------------------------
 
-def draw_effects(rows, yardstick, file):
-    """Every arm's effect in every regime, one panel for each regime."""
+SHOWN = ("fit", "generalisation", "joint, guidance 2")
+# Where the regimes are compared. All of them have these arms.
+IN_EVERY_REGIME = ("sga", "sga-short", "tuple_max")
+
+
+def lines_of_arms():
+    """A line of the first figure: its label, and whose effect it is."""
+    return [(title, "paper", arm) for arm, title in ARM_TITLES.items()]
+
+
+def lines_of_regimes():
+    """The same for the second figure. A line without an arm is a heading."""
+    lines = []
+    for regime, title in REGIME_TITLES.items():
+        lines.append((title, regime, None))
+        lines += [(ARM_TITLES[arm], regime, arm) for arm in IN_EVERY_REGIME]
+    return lines
+
+
+def draw_effects(rows, lines, title, file):
+    """The effect of every line and network with its interval, one panel for each yardstick."""
     figure = Figure(figsize=(16, 10), layout="constrained")
-    axes = figure.subplots(1, len(regimes.REGIMES), sharey=True, sharex=True)
-    arms = list(ARM_TITLES)
-    for axis, regime in zip(axes, regimes.REGIMES):
+    axes = figure.subplots(1, len(SHOWN), sharey=True)
+    for axis, yardstick in zip(axes, SHOWN):
         for shift, model in ((-0.15, "dit"), (0.15, "unet")):
-            table = table_of(rows, regime, model)
-            for place, arm in enumerate(arms):
-                values = effects(table, arm, yardstick)
-                if len(values) < 2:
-                    continue
-                centre, low, high = t_interval(values)
-                height = place + shift
-                axis.plot([low, high], [height, height], color=COLOURS[model], linewidth=3)
-                axis.plot(centre, height, "o", color=COLOURS[model], markersize=10)
+            for place, (_, regime, arm) in enumerate(lines):
+                values = effects(table_of(rows, regime, model), arm, yardstick)
+                if len(values) > 1:
+                    paint_interval(axis, t_interval(values), place + shift, COLOURS[model])
         axis.axvline(0, color="black", linewidth=1)
-        axis.set_title(REGIME_TITLES[regime], fontsize=22)
+        unit = YARDSTICKS[yardstick][1]
+        better = "left is better" if unit == "%" else "right is better"
+        axis.set_title(yardstick, fontsize=23)
+        axis.set_xlabel(f"change in {unit}\n({better})", fontsize=21)
         axis.tick_params(labelsize=21)
-    axes[0].set_yticks(range(len(arms)), [ARM_TITLES[arm] for arm in arms], fontsize=22)
-    axes[0].invert_yaxis()
-    unit = YARDSTICKS[yardstick][1]
-    better = "left is better" if unit == "%" else "right is better"
-    figure.supxlabel(f"{yardstick}: change against the baseline ({unit}; {better})", fontsize=23)
+    figure.suptitle(title, fontsize=27)
+    paint_labels(axes[0], lines)
     for model, name in NAMES.items():
         axes[-1].plot([], [], "o-", color=COLOURS[model], label=name, linewidth=3, markersize=10)
-    axes[-1].legend(fontsize=21, loc="lower right")
+    axes[-1].legend(fontsize=21)
     figure.savefig(file, dpi=64)
+
+
+def paint_interval(axis, interval, height, colour):
+    """A mean as a dot on the line of its interval."""
+    centre, low, high = interval
+    axis.plot([low, high], [height, height], color=colour, linewidth=3)
+    axis.plot(centre, height, "o", color=colour, markersize=10)
+
+
+def paint_labels(axis, lines):
+    """The labels of the lines, from above to below. Headings are bold."""
+    axis.set_yticks(range(len(lines)), [label for label, _, _ in lines], fontsize=22)
+    for text, (_, _, arm) in zip(axis.get_yticklabels(), lines):
+        if arm is None:
+            text.set_fontweight("bold")
+    axis.set_ylim(len(lines) - 0.5, -0.5)
 
 
 def draw_step_noise(rows, file):
@@ -295,15 +369,18 @@ def draw_step_noise(rows, file):
     figure.savefig(file, dpi=80)
 
 
+FIGURES = {"regimes_arms.png": (lines_of_arms, "The paper-like regime: each ingredient against "
+                                "the baseline"),
+           "regimes.png": (lines_of_regimes, "Four regimes: the method against the baseline")}
+
+
 def main():
     rows = regimes.read_rows()
     TABLES.write_text(tables(rows) + "\n", encoding="utf-8")
-    figures = {"regimes_generalisation.png": "generalisation", "regimes_fit.png": "fit",
-               "regimes_joint.png": "joint, guidance 2"}
-    for name, yardstick in figures.items():
-        draw_effects(rows, yardstick, RESULTS / name)
+    for name, (lines, title) in FIGURES.items():
+        draw_effects(rows, lines(), title, RESULTS / name)
     draw_step_noise(step_noise.read_rows(), RESULTS / "step_noise.png")
-    print("written:", json.dumps([TABLES.name, *figures, "step_noise.png"]))
+    print("written:", json.dumps([TABLES.name, *FIGURES, "step_noise.png"]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import sga
 from results import regimes, regimes_report, step_noise, yardsticks
 
 SEEDS = (1, 2, 3)
@@ -41,7 +42,7 @@ def test_effects_are_paired_by_seed(rows):
     assert regimes_report.effects(table, "sga", "fit") == pytest.approx([2, 3, 4])
     points = regimes_report.effects(table, "sga", "joint, guidance 2")
     assert points == pytest.approx([10, 10, 10])
-    assert regimes_report.predicted_squares(table, "sga") == pytest.approx([1.25] * 3)
+    assert regimes_report.predicted_noises(table, "sga") == pytest.approx([1.25] * 3)
     assert regimes_report.predicted_rates(table, "sga", "micro") == pytest.approx([10] * 3)
     without = {key: row for key, row in table.items() if key != ("baseline", 2)}
     assert regimes_report.effects(without, "sga", "fit") == pytest.approx([2, 4])
@@ -74,7 +75,9 @@ def test_an_interval_covers_as_often_as_it_says():
 
 def test_the_tables_hold_what_the_rows_say(rows):
     text = regimes_report.tables(rows)
-    assert "## paper, DiT" in text and "U-Net" not in text
+    assert "## paper, DiT" in text and "## paper, U-Net" not in text
+    [mechanism] = [line for line in text.splitlines() if line.startswith("| SGA | no | no |")]
+    assert "| 1.25 | +10%, +10%, +10% | +3.0 (+0.5 to +5.5) |" in mechanism
     effect = next(line for line in text.splitlines() if line.startswith("| SGA | 3 |"))
     assert "+3.0 (+0.5 to +5.5)" in effect and "+10.0 (+10.0 to +10.0)" in effect
     assert "1.250 (1.250 to 1.250)" in text
@@ -82,17 +85,46 @@ def test_the_tables_hold_what_the_rows_say(rows):
 
 
 def test_the_figures_are_drawn_from_whatever_rows_there_are(rows, tmp_path):
-    regimes_report.draw_effects(rows, "fit", tmp_path / "fit.png")
+    for name, (lines, title) in regimes_report.FIGURES.items():
+        regimes_report.draw_effects(rows, lines(), title, tmp_path / name)
     noises = []
     for scheme, predicted in (("baseline", 1.0), ("tuple", 1.2)):
         noises.append({"model": "dit", "regime": "paper", "step": 0, "scheme": scheme,
                        "predicted": predicted, "measured": predicted, "standard_error": 0.01})
     regimes_report.draw_step_noise(noises, tmp_path / "noise.png")
-    for name in ("fit.png", "noise.png"):
+    for name in (*regimes_report.FIGURES, "noise.png"):
         assert (tmp_path / name).stat().st_size > 5000
 
 
 def test_every_arm_of_the_study_has_a_name_for_its_reader():
     arms = {arm for arms in regimes.ARMS.values() for arm in arms} | set(step_noise.SCHEMES)
     assert arms - {"baseline"} == set(regimes_report.ARM_TITLES)
+    assert set(regimes_report.MECHANISMS) == set(regimes_report.ARM_TITLES)
+    assert set(regimes.ARMS_ELSEWHERE) == {"baseline", *regimes_report.IN_EVERY_REGIME}
     assert set(regimes.REGIMES) == set(regimes_report.REGIME_TITLES)
+
+
+def spread_of_weights(arm):
+    """How much the views differ in their total weight over many steps, relative to its mean."""
+    root, granularity = sga.all_views(torch.tensor([0.5, 0.5, 0.1, 0.1]), 0.2)
+    gradients = torch.randn(len(root), 4, generator=torch.Generator().manual_seed(0))
+    products = gradients @ gradients.T
+    total = torch.zeros(len(root), dtype=torch.float64)
+    for views, a in sga.plan(root, granularity, arm, 1, 2000, 0, products):
+        total.index_add_(0, views, a.double())
+    return ((total.max() - total.min()) / total.mean()).item()
+
+
+@pytest.mark.parametrize("name", regimes_report.MECHANISMS)
+def test_an_ingredient_has_the_expected_gradient_that_the_table_says(name):
+    objective, gradient, _ = regimes_report.MECHANISMS[name]
+    assert objective == gradient
+    arm = sga.method(name.removesuffix("-short"), "dit")
+    # Other noise levels and other weights by noise level are another objective.
+    alike = arm.offsets == sga.ARMS["baseline"].offsets and not arm.min_snr
+    if alike:
+        # The baseline's own weights are equal only in the mean of many steps.
+        assert (spread_of_weights(arm) < 0.15) == (gradient == "yes")
+    else:
+        assert gradient == "no"
+    assert spread_of_weights(sga.ARMS["baseline"]) < 0.15

@@ -7,12 +7,13 @@ A batch has N samples of D numbers each. On straight paths, flow matching and
 rectified flow are the same method.
 
 Every function takes x0, e and x as (N, ...), and t as one number, as (N,) or as
-(N, 1). A shape that does not fit raises ValueError: nothing broadcasts silently.
+(N, 1). What does not fit raises ValueError: nothing broadcasts silently.
 Run `python flow_matching.py` for the numbers of two points and a plane. The
 examples below take their names from `import torch, flow_matching as fm`.
 """
 
 import math
+import numbers
 
 import torch
 
@@ -42,6 +43,7 @@ def residual(model, x0, e, t, tokens):
     network answers in bfloat16.
     """
     t = _per_sample(t, x0)                              # (N,)
+    _require_captions(tokens, x0)
     v = model(path(x0, e, t), t, tokens)                # (N, ...)
     _require_shape("the network's velocity", v, x0.shape)
     return v - target(x0, e)
@@ -80,23 +82,25 @@ def guided(model, tokens, scale=1.0):
         velocity = fm.guided(model, torch.tensor([[1], [2]]), scale=3.0)
         v = velocity(torch.zeros(2, 1), 0.5)            # (2, 1)
     """
-    if not (isinstance(scale, (int, float)) and math.isfinite(scale)):
-        raise ValueError(f"the guidance scale must be a finite number, not {scale}")
-    if tokens is None and scale != 1:
-        raise ValueError("without tokens there is no guidance: the scale must be 1")
+    if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+        raise ValueError(f"the guidance scale must be a finite number, not {scale!r}")
+    if scale != 1 and not isinstance(tokens, torch.Tensor):
+        raise ValueError("without tokens there is no guidance: the scale must be 1, or the"
+                         f" tokens a tensor, not a {type(tokens).__name__}")
 
     def velocity(x, t):
         t = _per_sample(t, x)                           # (N,)
-        if tokens is not None and len(tokens) != len(x):
-            raise ValueError(f"there are {len(tokens)} captions for {len(x)} samples")
+        _require_captions(tokens, x)
         if scale == 1:
             v = model(x, t, tokens)                     # (N, ...)
+            _require_shape("the network's velocity", v, x.shape)
         else:
+            twice = torch.cat([x, x])
             with_null = torch.cat([tokens, torch.zeros_like(tokens)])
-            both = model(torch.cat([x, x]), torch.cat([t, t]), with_null)
+            both = model(twice, torch.cat([t, t]), with_null)
+            _require_shape("the network's velocity", both, twice.shape)
             v_c, v_null = both.chunk(2)                 # (N, ...) each
             v = v_null + scale * (v_c - v_null)         # (N, ...)
-        _require_shape("the network's velocity", v, x.shape)
         return v.to(x.dtype)
 
     return velocity
@@ -152,8 +156,9 @@ def sample(model, tokens, noise, steps, scale=1.0):
         noise = torch.randn(4, 1, 28, 28)
         images = fm.sample(model, None, noise, steps=8)  # (4, 1, 28, 28)
     """
-    if not (isinstance(steps, int) and steps >= 1):
-        raise ValueError(f"sampling takes a whole number of steps from 1 on, not {steps}")
+    if not (isinstance(steps, numbers.Integral) and steps >= 1):
+        raise ValueError(f"sampling takes a whole number of steps from 1 on, not {steps!r}")
+    _require_samples(noise)
     times = torch.linspace(1, 0, steps + 1, device=noise.device)  # (T,)
     return heun(guided(model, tokens, scale), noise, times)
 
@@ -162,25 +167,58 @@ def sample(model, tokens, noise, steps, scale=1.0):
 # Only shapes and types, never values: to look at a value, a program has to wait
 # for its GPU.
 
+def _described(x):
+    """What a refusal says of x."""
+    if isinstance(x, torch.Tensor):
+        return f"{x.dtype} of the shape {tuple(x.shape)}"
+    return f"a {type(x).__name__}"
+
+
 def _require_shape(name, tensor, shape):
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have the shape {tuple(shape)},"
-                         f" not {tuple(tensor.shape)}")
+    if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
+        raise ValueError(f"{name} must be a tensor of the shape {tuple(shape)},"
+                         f" not {_described(tensor)}")
+
+
+def _require_samples(x):
+    """A sample has a number or more, but there may be no sample at all.
+
+    In half precision a t near 1 would be known to 1/256 only, and small steps be lost.
+    """
+    is_float = isinstance(x, torch.Tensor) and x.dtype in (torch.float32, torch.float64)
+    if not is_float or x.dim() == 0 or 0 in x.shape[1:]:
+        raise ValueError("samples must be a tensor of float32 or float64 of the shape (N, ...),"
+                         f" not {_described(x)}")
 
 
 def _require_alike(x0, e):
+    _require_samples(x0)
     _require_shape("e", e, x0.shape)
     if x0.dtype != e.dtype:
         raise ValueError(f"x0 and e must have one type, not {x0.dtype} and {e.dtype}")
 
 
+def _require_captions(tokens, x):
+    """A tensor of tokens has a row for each sample. What else a network takes is its own affair."""
+    if isinstance(tokens, torch.Tensor) and tokens.shape[:1] != x.shape[:1]:
+        raise ValueError(f"tokens must have a row for each of the {len(x)} samples,"
+                         f" not the shape {tuple(tokens.shape)}")
+
+
+def _numbers(name, values, x, kind):
+    """The values as a tensor on the device of x. What is no number is refused by its name."""
+    try:
+        return torch.as_tensor(values, dtype=kind, device=x.device)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number or a tensor of numbers,"
+                         f" not {values!r}") from None
+
+
 def _per_sample(t, x):
     """(N,) a noise level for each sample of x (N, ...), in the type of x."""
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError("samples must be floating-point numbers of the shape (N, ...),"
-                         f" not {x.dtype} of the shape {tuple(x.shape)}")
+    _require_samples(x)
     N = len(x)
-    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    t = _numbers("t", t, x, x.dtype)
     if t.dim() == 0:
         t = t.expand(N)
     if t.shape not in ((N,), (N, 1)):
@@ -191,7 +229,8 @@ def _per_sample(t, x):
 
 def _times(times, x):
     """(T,) the times of a sampler, in the type of x."""
-    times = torch.as_tensor(times, dtype=x.dtype, device=x.device)
+    _require_samples(x)
+    times = _numbers("times", times, x, x.dtype)
     if times.dim() != 1 or len(times) < 2:
         raise ValueError("a sampler goes along two times or more, given as (T,),"
                          f" not of the shape {tuple(times.shape)}")
@@ -291,6 +330,8 @@ def _posterior_and_velocity(x, t, points, log_pi):
 
 def _population(points, x):
     """(1 or N, S, D) the points of the samples x, given as (S, ...) or (N, S, ...)."""
+    if not isinstance(points, torch.Tensor):
+        raise ValueError(f"points must be a tensor, not {_described(points)}")
     one_for_all = points.dim() == x.dim()
     # Not for x (N,): a user who forgot that one x alone is x[None] would not notice.
     own = x.dim() > 1 and points.dim() == x.dim() + 1 and len(points) == len(x)
@@ -310,7 +351,7 @@ def _weights(pi, x, S):
     """(1 or N, S) the weights of S points in float64; all are 1 if pi is None."""
     if pi is None:
         return torch.ones(1, S, dtype=torch.float64, device=x.device)
-    pi = torch.as_tensor(pi, dtype=torch.float64, device=x.device)
+    pi = _numbers("pi", pi, x, torch.float64)
     if pi.shape not in ((S,), (len(x), S)):
         raise ValueError(f"pi must have the shape ({S},) or ({len(x)}, {S}),"
                          f" not {tuple(pi.shape)}")
@@ -339,9 +380,14 @@ def loss_floor(x0, e, t, points, pi=None):
         e = torch.randn(1000, 2)
         floor = fm.loss_floor(x0, e, 0.5, points)       # (1000,)
     """
+    _require_alike(x0, e)
+    t, kind = _per_sample(t, x0).double(), x0.dtype     # (N,)
+    # u and u* may be large, and differ by little: in float32 the rounding of x_t,
+    # divided by t, would count as a floor.
+    x0, e = x0.double(), e.double()                     # (N, ...) each
     u_star = exact_velocity(path(x0, e, t), t, points, pi)  # (N, ...)
     gap = target(x0, e) - u_star                        # (N, ...)
-    return _flat(gap * gap).mean(1)
+    return _flat(gap * gap).mean(1).to(kind)
 
 
 def group_velocities(x, t, points, groups, pi=None):
@@ -354,7 +400,7 @@ def group_velocities(x, t, points, groups, pi=None):
     """
     w, _ = _exact(x, t, points, pi)                     # (N, S), (N, D)
     S = w.shape[1]
-    groups = torch.as_tensor(groups, device=x.device)
+    groups = _numbers("groups", groups, x, torch.float64)
     present = torch.unique(groups)                      # (G,)
     if groups.shape != (S,) or present.tolist() != list(range(len(present))):
         raise ValueError("groups must give every point one of 0..G-1,"
@@ -362,6 +408,8 @@ def group_velocities(x, t, points, groups, pi=None):
     member = (groups == present[:, None]).double()      # (G, S)
     omega = w @ member.T                                # (N, G)
     pi = _weights(pi, x, S).expand(len(x), S)
+    if not (pi @ member.T > 0).all():
+        raise ValueError("each group must have a point whose weight pi is not zero")
     # A group alone is the population in which all the other points have the
     # weight 0.
     u_g = [exact_velocity(x, t, points, pi * inside) for inside in member]
@@ -392,13 +440,17 @@ def data_interaction_matrix(v, u_g):
         v = torch.zeros(7, 2)
         Omega = fm.data_interaction_matrix(v, u_g)      # (7, 2, 2)
     """
+    _require_samples(v)
+    _require_samples(u_g)
     of_a_group = u_g.shape[:1] + u_g.shape[2:]
     if u_g.dim() != v.dim() + 1 or of_a_group != v.shape:
         raise ValueError(f"u_g must be (N, G, ...) for v (N, ...), not {tuple(u_g.shape)}"
                          f" for {tuple(v.shape)}")
-    delta = v[:, None] - u_g                            # (N, G, ...)
+    # In float64, since the products of long vectors may add up to little.
+    delta = v.double()[:, None] - u_g                   # (N, G, ...)
     delta = delta[..., None].flatten(2)                 # (N, G, D)
-    return delta @ delta.mT                             # (N, G, G)
+    Omega = delta @ delta.mT                            # (N, G, G)
+    return Omega.to(torch.promote_types(v.dtype, u_g.dtype))
 
 
 # --- The demo: two points in one dimension, where a path is a line over t -------------------------

@@ -20,6 +20,7 @@ Run `python ntk.py` for numbers, and `python results/bench_ntk.py` for times and
 other ways to the same numbers. The examples below take their names from `import torch, ntk`.
 """
 
+import contextlib
 import itertools
 import math
 from typing import NamedTuple
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 # --- The idea, on one Linear layer ----------------------------------------------------------------
@@ -62,7 +64,8 @@ def of_module(model, output=None):
 
     params are the parameters that require a gradient. If the model returns a dict or a tuple,
     `output` is the key or the index of the tensor that is meant; without it, all its tensors are
-    joined to one vector. Raises ValueError for a model whose samples have no gradient of their own.
+    joined to one vector. Raises ValueError for a model whose samples have no gradient of their own,
+    and so does f for an output that has not the samples on its first axis.
 
     Example:
         f, params = ntk.of_module(torch.nn.Linear(4, 2))
@@ -84,12 +87,17 @@ def of_module(model, output=None):
         K = ntk.ntk_blocks(f, params, {"x": torch.randn(3, 4)})    # (3, 3, 2, 2)
     """
     _require_separate_samples(model)
+    if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
+        raise ValueError(f"a {type(model).__name__} cannot be called with other parameters; give "
+                         "the module that it was made of")
     params = {name: p.detach() for name, p in _trained(model).items()}
+    names = _all_names(model)
 
     def f(params, *one, **named):
         batch = tuple(z[None] for z in one)
         named = {name: z[None] for name, z in named.items()}
-        v = functional_call(model, params, batch, named)
+        given = {name: params[first] for name, first in names.items() if first in params}
+        v = functional_call(model, given, batch, named, tie_weights=False)
         return _one_tensor(v, output)[0]
 
     return f, params
@@ -99,7 +107,8 @@ def of_module(model, output=None):
 def per_sample_gradients(f, params, inputs, vectors):
     """(N, P) g_i = J_i^T vector_i for vectors (N, *output shape); params in their order (Eq. 10).
 
-    Raises ValueError if the numbers of samples differ, or a vector does not fit its output.
+    Raises ValueError if the numbers of samples differ, if a vector does not fit its output, and if
+    the output has no gradient or is random.
 
     Example, of a function that is no module:
         def f(params, x):
@@ -112,7 +121,7 @@ def per_sample_gradients(f, params, inputs, vectors):
 
     def one_gradient(vector, sample):
         def output(params):
-            return _call(f, params, sample)
+            return _with_gradient(_call(f, params, sample))
 
         # A vector-Jacobian product (vjp): an ordinary backward pass that begins with this vector.
         v, pull_back = vjp(output, params)
@@ -120,7 +129,12 @@ def per_sample_gradients(f, params, inputs, vectors):
         g, = pull_back(vector)
         return torch.cat([g_of_one.flatten() for g_of_one in g.values()])
 
-    return vmap(one_gradient)(vectors, inputs)                     # (N, P)
+    try:
+        return vmap(one_gradient)(vectors, inputs)                 # (N, P)
+    except RuntimeError:
+        # vmap cannot take every step: an LSTM, a checkpoint, a branch that depends on a number.
+        pass
+    return _one_after_another(f, params, inputs, vectors)
 
 
 @torch.no_grad()
@@ -136,6 +150,7 @@ def interaction_matrix(f, params, inputs, residuals, chunk=None, columns=None):
         return G @ G.T                                             # (N, N)
     if columns is None:
         columns = (inputs, residuals)
+    _require_pair(columns)
     bands = []
     for part in _parts(inputs, residuals, chunk):
         G = per_sample_gradients(f, params, *part)
@@ -148,34 +163,59 @@ def interaction_matrix(f, params, inputs, residuals, chunk=None, columns=None):
 
 @torch.no_grad()
 def ntk_vector_product(f, params, inputs, vectors):
-    """(N, D) K applied to vectors (N, *output shape), while K is never formed (Eq. 11)."""
+    """(N, D) K applied to vectors (N, *output shape), while K is never formed (Eq. 11).
+
+    Raises ValueError also if f has a step that vmap or jvp cannot take.
+    """
     _require_as_many(vectors, inputs)
+    # Whatever f itself may raise, it raises here.
+    _call(f, params, _take(inputs, 0))
 
     def all_outputs(params):
-        return _outputs(f, params, inputs)
+        def one_output(sample):
+            return _call(f, params, sample)
 
-    # Backward to the parameters: g = sum_j J_j^T vector_j.
-    v, pull_back = vjp(all_outputs, params)                        # (N, ...)
-    g, = pull_back(_like(vectors, v))
-    # Forward to the outputs again, by a Jacobian-vector product (jvp): J_i g.
-    _, product = jvp(all_outputs, (params,), (g,))                 # (N, ...), (N, ...)
-    return product.reshape(len(v), -1)                             # (N, D)
+        return vmap(one_output)(inputs)
+
+    try:
+        # Attention is written out, since jvp cannot take its fused kernels.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            # Backward to the parameters: g = sum_j J_j^T vector_j.
+            v, pull_back = vjp(all_outputs, params)                # (N, ...)
+            vectors = _like(vectors, v)
+            g, = pull_back(vectors)
+            # Forward to the outputs again, by a Jacobian-vector product (jvp): J_i g.
+            _, product = jvp(all_outputs, (params,), (g,))         # (N, ...), (N, ...)
+    except RuntimeError as error:
+        raise ValueError("vmap or jvp cannot take a step of f, but ntk_blocks can: "
+                         f"{_first_line(error)}") from error
+    # Both ways led through the same J if <vector, K vector> = |J^T vector|^2.
+    squared = sum(one.square().sum() for one in g.values())
+    gap = ((vectors * product).sum() - squared).abs()
+    if gap > math.sqrt(torch.finfo(v.dtype).eps) * squared:
+        raise ValueError("the way back through f is not that forward (a no_grad inside it, a hook "
+                         "on a gradient, or a backward pass of its own); use ntk_blocks")
+    return product.reshape(len(v), -1).detach()                    # (N, D)
 
 
 @torch.no_grad()
-def ntk_blocks(f, params, inputs, chunk=16):
-    """(N, N, D, D) K_ij = J_i J_j^T: K times all N D unit vectors, `chunk` at once (Eq. 11)."""
-    N = _count(inputs)
-    v = _outputs(f, params, inputs).reshape(N, -1)                 # (N, D)
-    D = v.shape[1]
-    unit = torch.eye(N * D, dtype=v.dtype, device=v.device)        # (ND, ND)
+def ntk_blocks(f, params, inputs, chunk=None):
+    """(N, N, D, D) K_ij = J_i J_j^T, as it is defined (Eq. 11).
 
-    def column(vector):
-        return ntk_vector_product(f, params, inputs, vector)
-
-    columns = vmap(column, chunk_size=chunk)(unit.view(N * D, N, D))       # (ND, N, D)
-    # The column of sample j and its output c holds K_ij[d, c] at the place (i, d).
-    return columns.view(N, D, N, D).permute(2, 0, 3, 1)            # (N, N, D, D)
+    It takes N D P numbers of memory. With `chunk` outputs at once it is 2 `chunk` N P, and more
+    time.
+    """
+    unit = _unit_vectors_of(f, params, inputs)                     # (D, N, ...)
+    parts = unit.split(len(unit) if chunk is None else _positive(chunk))
+    bands = []
+    for some in parts:
+        J = _rows_of_jacobians(f, params, inputs, some)
+        blocks = []
+        for other in parts:
+            J_other = J if other is some else _rows_of_jacobians(f, params, inputs, other)
+            blocks.append(torch.einsum("dip,ejp->ijde", J, J_other))
+        bands.append(torch.cat(blocks, 3))
+    return torch.cat(bands, 2)                                     # (N, N, D, D)
 
 
 @torch.no_grad()
@@ -188,47 +228,149 @@ def ntk_trace(f, params, inputs, chunk=16):
         trace = ntk.ntk_trace(f, params, (x,))                     # (3, 3)
         moved = ntk.ntk_vector_product(f, params, (x,), torch.randn(3, 2))         # (3, 2)
     """
-    N = _count(inputs)
-    v = _outputs(f, params, inputs).reshape(N, -1)                 # (N, D)
-    D = v.shape[1]
-    unit = torch.eye(D, dtype=v.dtype, device=v.device)            # (D, D)
-
-    def row_of_each_jacobian(unit_vector):
-        return per_sample_gradients(f, params, inputs, unit_vector.expand(N, D))
-
     trace = 0
-    for some in unit.split(chunk):
-        J = vmap(row_of_each_jacobian)(some)
+    for some in _unit_vectors_of(f, params, inputs).split(_positive(chunk)):
+        J = _rows_of_jacobians(f, params, inputs, some)
         trace = trace + (J @ J.mT).sum(0)                          # (N, N)
     return trace
 
 
+# --- The clear route's helpers, and what it refuses -----------------------------------------------
+
+def _unit_vectors_of(f, params, inputs):
+    """(D, N, ...) one vector for each of f's D outputs: 1 there, for every sample."""
+    N = _count(inputs)
+    # Some modules go another way in no_grad.
+    with torch.enable_grad():
+        v = _call(f, params, _take(inputs, 0)).detach()
+    return _unit_vectors(v.expand(N, *v.shape))
+
+
+def _rows_of_jacobians(f, params, inputs, unit):
+    """(c, N, P) the rows of every sample's Jacobian that c of the unit vectors stand for."""
+    def row_of_each_jacobian(vectors):
+        return per_sample_gradients(f, params, inputs, vectors)
+
+    J = _for_each(row_of_each_jacobian, unit)
+    # Torch runs some backward passes wrongly with several vectors at once (in 2.14 that of cdist).
+    # They are linear, so that a random sum of the rows shows it.
+    s = _random(torch.randn, unit.shape[:1], J, seed=3)
+    row = row_of_each_jacobian(torch.tensordot(s.to(unit), unit, 1))
+    if (torch.tensordot(s, J, 1) - row).norm() <= math.sqrt(torch.finfo(J.dtype).eps) * J.norm():
+        return J
+    return torch.stack([row_of_each_jacobian(vectors) for vectors in unit])
+
+
+def _for_each(function, vectors):
+    """The function of each of the vectors: of all at once, or in a loop if that is impossible."""
+    try:
+        return vmap(function)(vectors)
+    except (RuntimeError, ValueError):
+        pass
+    found = [function(vector) for vector in vectors]
+    if isinstance(found[0], torch.Tensor):
+        return torch.stack(found)
+    return [torch.stack(several) for several in zip(*found)]
+
+
+def _one_after_another(f, params, inputs, vectors):
+    """per_sample_gradients in a plain loop."""
+    weights = {name: p.detach().requires_grad_() for name, p in params.items()}
+    rows = []
+    with _other_random_numbers() as were_drawn, torch.enable_grad():
+        for i, vector in enumerate(vectors):
+            v = _with_gradient(_call(f, weights, _take(inputs, i)))
+            vector = _like(vector[None], v[None])[0]
+            rows.append(_flat_gradient(v, list(weights.values()), vector))
+        if were_drawn():
+            raise ValueError("f draws random numbers (dropout?), others each time; call eval()")
+    return torch.stack(rows)
+
+
+@contextlib.contextmanager
+def _other_random_numbers():
+    """What is drawn in it changes no random numbers afterwards. It gives whether any were drawn."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+
+    def state():
+        return torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpus)])
+
+    def were_drawn():
+        return not torch.equal(state(), before)
+
+    before = state()
+    with torch.random.fork_rng(gpus):
+        yield were_drawn
+
+
+def _flat_gradient(v, params, vectors):
+    """(P,) the gradient of <vectors, v>."""
+    g = _gradient(v, params, vectors, materialize_grads=True)
+    # That of an Embedding may be sparse.
+    return torch.cat([(one.to_dense() if one.is_sparse else one).flatten() for one in g])
+
+
+def _gradient(v, places, vectors, **options):
+    """The gradients of <vectors, v> at some places of the graph, which is kept."""
+    try:
+        return torch.autograd.grad(v, places, vectors, retain_graph=True, allow_unused=True,
+                                   **options)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise ValueError("a checkpoint in the model needs use_reentrant=False") from error
+        raise
+
+
 def _call(f, params, sample):
     """f of one sample, whose inputs are a tuple, or a dict if they are given by name."""
-    if isinstance(sample, dict):
-        return f(params, **sample)
-    return f(params, *sample)
+    v = f(params, **sample) if isinstance(sample, dict) else f(params, *sample)
+    if not isinstance(v, torch.Tensor):
+        raise ValueError(f"f must return a tensor, not a {type(v).__name__}")
+    return v
 
 
-def _outputs(f, params, inputs):
-    """(N, ...) f of every sample."""
+def _with_gradient(v):
+    """v itself. Raises ValueError if it has no gradient."""
+    if not v.requires_grad:
+        raise ValueError("the output has no gradient: it is detached, or made in no_grad, or does "
+                         "not depend on the parameters")
+    return v
 
-    def one_output(sample):
-        return _call(f, params, sample)
 
-    return vmap(one_output)(inputs)
+def _first_line(error):
+    return str(error).partition("\n")[0]
 
 
 def _one_tensor(v, output):
-    """A model's output as one tensor, whatever it returns; see of_module."""
-    if isinstance(v, torch.Tensor):
-        return v
-    if not isinstance(v, (dict, tuple, list)):
-        raise ValueError(f"the model returns a {type(v).__name__}, not a tensor, dict or tuple")
-    if output is not None:
-        return v[output]
-    values = v.values() if isinstance(v, dict) else v
-    return torch.cat([z.flatten(1) for z in values if isinstance(z, torch.Tensor)], 1)
+    """(1, ...) a model's output for one sample as one tensor, whatever it returns: of_module."""
+    kind = type(v).__name__
+    if output is not None and not isinstance(v, torch.Tensor):
+        try:
+            v = v[output]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"the model returns a {kind} that has no {output!r}") from None
+    several = isinstance(v, (dict, tuple, list))
+    values = v.values() if isinstance(v, dict) else v if several else [v]
+    tensors = [z for z in values if isinstance(z, torch.Tensor)]
+    if not tensors:
+        raise ValueError(f"the model returns a {kind}, not a tensor, or a dict or tuple of tensors")
+    for z in tensors:
+        if z.dim() == 0 or len(z) != 1:
+            raise ValueError(f"the model answers one sample with the shape {tuple(z.shape)}; the "
+                             "samples must be on its first axis (of a dict or tuple, `output` "
+                             "chooses one)")
+    return torch.cat([z.flatten(1) for z in tensors], 1) if several else v
+
+
+def _all_names(model):
+    """{name: first name} of every trained parameter: one that is tied has several names."""
+    first = {p: name for name, p in _trained(model).items()}
+    names = {}
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            if p in first:
+                names[name] = first[p]
+    return names
 
 
 def _trained(model):
@@ -236,6 +378,11 @@ def _trained(model):
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("no parameter of the model requires a gradient: all are frozen")
+    for name, p in params.items():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name} has no size yet; call the model once before")
+        if p.is_complex():
+            raise ValueError(f"{name} is {p.dtype}, and parameters must be real")
     return params
 
 
@@ -257,34 +404,57 @@ def _like(vectors, v):
     if tuple(vectors.shape) not in (tuple(v.shape), (len(v), v[0].numel())):
         raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} "
                          f"does not fit {tuple(v.shape)}")
+    if vectors.is_complex() and not v.is_complex():
+        raise ValueError("the vectors are complex, and the outputs are not")
     return vectors.reshape(v.shape).to(v)
 
 
 def _require_as_many(vectors, inputs):
     N = _count(inputs)
+    if not isinstance(vectors, torch.Tensor) or vectors.dim() == 0:
+        raise ValueError("residuals and vectors are tensors with the samples on their first axis")
     if len(vectors) != N:
         raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} "
                          f"does not fit {(N, *vectors.shape[1:])}")
+
+
+def _require_pair(columns):
+    if not isinstance(columns, (tuple, list)) or len(columns) != 2:
+        raise ValueError("columns must be a pair: (inputs, residuals) of the second batch")
+    inputs, residuals = columns
+    _require_as_many(residuals, inputs)
 
 
 def _parts(inputs, vectors, chunk):
     """The batch in parts of `chunk` samples (None: in one), as a list of (inputs, vectors)."""
     _require_as_many(vectors, inputs)
     N = len(vectors)
-    size = N if chunk is None else chunk
+    size = N if chunk is None else _positive(chunk)
     parts = []
     for start in range(0, N, size):
         some = slice(start, start + size)
-        if isinstance(inputs, dict):
-            part = {name: z[some] for name, z in inputs.items()}
-        else:
-            part = tuple(z[some] for z in inputs)
-        parts.append((part, vectors[some]))
+        parts.append((_take(inputs, some), vectors[some]))
     return parts
+
+
+def _positive(chunk):
+    if chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, not {chunk}")
+    return chunk
+
+
+def _take(inputs, some):
+    """Some of the samples: a slice of them, or one, without its axis."""
+    if isinstance(inputs, dict):
+        return {name: z[some] for name, z in inputs.items()}
+    return tuple(z[some] for z in inputs)
 
 
 def _require_separate_samples(model):
     """Raises ValueError, with the cause, for a module that neither route can take."""
+    if not isinstance(model, nn.Module):
+        raise ValueError("a torch.nn.Module is needed; a function needs the clear route: "
+                         "interaction_matrix(f, params, inputs, residuals)")
     for name, module in model.named_modules():
         name = name or "the model"
         compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
@@ -295,7 +465,12 @@ def _require_separate_samples(model):
             if module.training or module.running_mean is None:
                 raise ValueError(f"{name} is a BatchNorm in training: it couples the samples, so "
                                  "that none has a gradient of its own; call eval() first")
+        if type(module).__name__ == "_SpectralNorm" and module.training:
+            raise ValueError(f"{name} is a spectral_norm in training: each call changes the weight;"
+                             " call eval() first")
         for own, p in module.named_parameters(recurse=False):
+            if p.requires_grad and p._backward_hooks:
+                raise ValueError(f"{name}: a hook may change the gradient of its {own}; remove it")
             # Pruning computes `weight` from `weight_orig`, the old weight_norm from `weight_g`.
             computed = own.rpartition("_")[0]
             if p.requires_grad and module._forward_pre_hooks and hasattr(module, computed):
@@ -311,6 +486,7 @@ def _require_separate_samples(model):
 # then sum_t b_t a_t^T, and one_linear_layer's identity becomes
 #     <g_i, g_j> = sum_ts <a_it, a_js> <b_it, b_js>.
 # (Novak et al. 2022 call this structured derivatives.) M is the sum of its layers' shares.
+# All other parameters go by the clear route, and if it cannot run the model, by N backward passes.
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -352,7 +528,8 @@ def fast_interaction_matrix(model, inputs, residuals, columns=None, check=True):
 
     M is over the parameters that require a gradient. With columns = (inputs, residuals) of a second
     batch of N2 samples it is (N, N2): its rows are evaluated, its columns are trained on (Eq. 22).
-    It is checked by one backward pass, unless check is False. Raises ValueError where it would be
+    It is checked by one backward pass, unless check is False, and the last sample is answered
+    alone, to see whether the samples depend on each other. Raises ValueError where M would be
     wrong, with the layer and, where that can be told, the cause.
 
     Example, with inputs x, residuals r and a second batch:
@@ -362,15 +539,21 @@ def fast_interaction_matrix(model, inputs, residuals, columns=None, check=True):
         columns = ((torch.randn(5, 4),), torch.randn(5, 2))
         M = ntk.fast_interaction_matrix(model, (x,), r, columns)   # (3, 5)
     """
+    _require_as_many(residuals, inputs)
     rows = _forward(model, inputs, residuals)
-    columns = rows if columns is None else _forward(model, *columns)
-    return _matrix(model, rows, columns, check)
+    if columns is None:
+        return _matrix(model, rows, rows, check)
+    _require_pair(columns)
+    return _matrix(model, rows, _forward(model, *columns), check)
 
 
 def _matrix(model, rows, columns, check):
     """(N, N2) M of one pass with itself, or with another: the sum of its shares."""
     shares = _shares(model, rows, columns)
     if check:
+        _check_alone(model, rows)
+        if columns is not rows:
+            _check_alone(model, columns)
         _check_by_backward(shares, rows, columns)
     return sum(share.products for share in shares)
 
@@ -390,7 +573,7 @@ def _shares(model, rows, columns):
         shares.append(Share(name, list(layer.trained.values()), products))
     rest = _rest(model, layers)
     if rest:
-        G = [_rest_gradients(model, rest, batch.inputs, batch.r) for batch in batches]
+        G = [_rest_gradients(model, rest, batch, batch.r) for batch in batches]
         shares.append(Share(_listed(rest), list(rest.values()), G[0] @ G[-1].T))
     return shares
 
@@ -415,19 +598,61 @@ def _check_by_backward(shares, rows, columns):
         size = s.abs() @ M.abs() @ s_columns.abs() + by_gradient.abs()
         sides.append(torch.stack([by_share, by_gradient, size]))
     sides = torch.stack(sides).tolist()
+    left, right = "s^T M s", "|sum_i s_i g_i|^2"
+    if columns is not rows:
+        left, right = "s^T M s'", "<sum_i s_i g_i, sum_j s'_j g'_j>"
     eps = torch.finfo(s.dtype).eps
     total = sum(size for _, _, size in sides)
     for share, (by_share, by_gradient, size) in zip(shares, sides):
         gap = abs(by_share - by_gradient)
+        if not math.isfinite(gap):
+            raise ValueError(f"{share.name}: its share of M is not finite; look for inf and nan in "
+                             "inputs, residuals, parameters and outputs")
         # Two thirds of the digits must agree, down to what is rounded away in the whole M.
-        if not gap <= eps ** (2 / 3) * size + eps * total:
+        if gap > eps ** (2 / 3) * size + eps * total:
             raise ValueError(
-                f"{share.name}: for random weights s its share of s^T M s is {by_share:.4g}, but "
-                f"|sum_i s_i g_i|^2 is {by_gradient:.4g}, so M would be wrong. Either its weight "
-                "is also used outside its call (tied, or in a norm), or a hook changes what it "
-                "gives, or row k of what it sees is not of sample k alone (the sequence first, "
-                "samples that depend on each other, random numbers), or its products are rounded "
-                f"to fewer digits (TF32). Otherwise {USE_CLEAR}")
+                f"{share.name}: for random weights s its share of {left} is {by_share:.4g}, but "
+                f"{right} is {by_gradient:.4g}, {gap:.2g} away, so M would be wrong. Either its "
+                "weight is also used outside its call (tied, or in a norm), or a hook changes what "
+                "it gives, or row k of what it sees is not of sample k (the sequence first, samples"
+                " in another order), or rounding is large (TF32, autocast; try double()). Otherwise"
+                f" {USE_CLEAR}")
+
+
+def _check_alone(model, batch):
+    """Raises ValueError if the last sample alone has another answer than in its batch.
+
+    The gradient need not show that samples depend on each other: think of a mean that is detached.
+    """
+    N = len(batch.v)
+    if N == 1:
+        return
+    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    # A third of the digits must agree, of the parameters that have the fewest.
+    allowed = eps ** (1 / 3) * batch.v.nan_to_num().norm().item() / math.sqrt(N)
+
+    def alone():
+        try:
+            v = _run(model, _take(batch.inputs, [-1]))
+        except Exception:
+            # Some layers want two samples.
+            v = _run(model, _take(batch.inputs, [-1, -1]))[0]
+        return v.detach().flatten()
+
+    def same(v, other, allowed):
+        return len(v) == len(other) and torch.allclose(v, other, 0, allowed, equal_nan=True)
+
+    with _other_random_numbers():
+        try:
+            v = alone()
+        except Exception as error:
+            raise ValueError("the model fails for one sample alone, so that its samples seem to "
+                             f"depend on each other: {_first_line(error)}") from error
+        # If it differs, a second answer tells whether it is merely random.
+        if not same(v, batch.v[-1].flatten(), allowed) and same(v, alone(), 0):
+            raise ValueError("the last sample alone has another answer than in its batch: the "
+                             "samples depend on each other, so that none has a gradient of its own "
+                             "(or few digits are computed, as with autocast)")
 
 
 def _weighted_gradient(params, batch, seed):
@@ -437,8 +662,7 @@ def _weighted_gradient(params, batch, seed):
     s = 2 * s - 1
     s = s + s.sign()
     vectors = batch.r * s.view(-1, *[1] * (batch.v.dim() - 1))     # (N, ...)
-    g = torch.autograd.grad(batch.v, params, vectors, retain_graph=True, allow_unused=True,
-                            materialize_grads=True)
+    g = _gradient(batch.v, params, vectors, materialize_grads=True)
     return s, dict(zip(params, g))
 
 
@@ -447,7 +671,7 @@ def _cotangents(batch, names, vectors):
     if not names:
         return {}
     edges = [batch.layers[name].edge for name in names]
-    found = torch.autograd.grad(batch.v, edges, vectors, retain_graph=True, allow_unused=True)
+    found = _gradient(batch.v, edges, vectors)
     cotangents = {}
     for name, b in zip(names, found):
         # None says that the layer does not reach the output.
@@ -563,8 +787,12 @@ def _patches(convolution, a):
 def _padded(convolution, a):
     """The input of a convolution with its margin."""
     margin = convolution._reversed_padding_repeated_twice
-    mode = convolution.padding_mode
-    return F.pad(a, margin, "constant" if mode == "zeros" else mode)
+    if convolution.padding_mode != "zeros":
+        return F.pad(a, margin, convolution.padding_mode)
+    if not isinstance(convolution.padding, str):
+        # Of each axis both ends, and the last axis first.
+        margin = torch.tensor(convolution.padding).flip(0).repeat_interleave(2).tolist()
+    return F.pad(a, margin)
 
 
 def _convolution_gradients(layer, b):
@@ -595,8 +823,6 @@ def _normalised(norm, a):
 
 def _forward(model, inputs, vectors=None):
     """The Pass of a batch, with random vectors if none are given."""
-    if not isinstance(model, nn.Module):
-        raise ValueError("the fast route takes a torch.nn.Module; a function needs the clear route")
     N = _count(inputs)
     _require_separate_samples(model)
     dtype = _one_precision(model)
@@ -605,13 +831,14 @@ def _forward(model, inputs, vectors=None):
 
     def listener(name, module, trained):
         def listen(_, args, named, z):
+            if not z.requires_grad or z.is_nested:
+                return
             if z.dtype != dtype:
                 raise ValueError(f"{name} answers in {z.dtype}, and its parameters are {dtype}: "
                                  "M needs one precision, without autocast")
             given = [*args, *named.values()][0]
             # This place in the graph stays z's own, even if z is overwritten later.
-            edge = get_gradient_edge(z) if z.requires_grad else None
-            seen = Seen(module, trained, given.detach().clone(), z.shape, edge)
+            seen = Seen(module, trained, given.detach().clone(), z.shape, get_gradient_edge(z))
             calls.setdefault(name, []).append(seen)
 
         return listen
@@ -622,8 +849,7 @@ def _forward(model, inputs, vectors=None):
             handle = module.register_forward_hook(listener(name, module, trained),
                                                   prepend=True, with_kwargs=True)
             handles.append(handle)
-        with torch.enable_grad():
-            v = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+        v = _run(model, inputs)
     finally:
         # However this ends, the model is left as it was.
         for handle in handles:
@@ -636,6 +862,11 @@ def _forward(model, inputs, vectors=None):
         if len(seen) == 1 and _rows_are_samples(seen[0], N):
             layers[name] = seen[0]
     return Pass(inputs, v, _like(vectors.detach(), v), layers)
+
+
+def _run(model, inputs):
+    with torch.enable_grad():
+        return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def _plain_layers(model):
@@ -651,7 +882,7 @@ def _plain_layers(model):
         if isinstance(module, CONVOLUTIONS) and module.groups > 1:
             continue
         if isinstance(module, nn.Embedding):
-            if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            if module.max_norm is not None or module.scale_grad_by_freq:
                 continue
         own = dict(module.named_parameters(recurse=False))
         trained = {which: p for which, p in own.items() if p.requires_grad}
@@ -669,7 +900,7 @@ def _rows_are_samples(layer, N):
     if isinstance(layer.module, (nn.LayerNorm, nn.RMSNorm)):
         axes = len(layer.module.normalized_shape)
     batched = len(layer.shape) > axes and layer.given.dim() > 0
-    return bool(layer.edge and batched and len(layer.given) == N and layer.shape[0] == N)
+    return batched and len(layer.given) == N and layer.shape[0] == N
 
 
 def _one_precision(model):
@@ -684,15 +915,18 @@ def _one_precision(model):
 def _require_output(v, N, dtype):
     """Raises ValueError unless v is a tensor with one row a sample that has a gradient."""
     if not isinstance(v, torch.Tensor):
-        raise ValueError(f"the model returns a {type(v).__name__}, not a tensor; {USE_CLEAR}")
+        raise ValueError(f"the model returns a {type(v).__name__}, not a tensor; use the clear "
+                         "route, and choose one: interaction_matrix(*ntk.of_module(model, "
+                         "output=...), inputs, residuals)")
+    if v.layout != torch.strided or v.is_nested:
+        raise ValueError("the model returns a sparse or nested tensor; M needs a dense one")
     if v.dim() == 0 or len(v) != N:
         raise ValueError(f"the model answers {N} samples with an output of shape {tuple(v.shape)}; "
                          "the samples must be on its first axis")
     if v.dtype != dtype:
         raise ValueError(f"the model answers in {v.dtype}, and its parameters are {dtype}: M needs "
                          "one precision")
-    if not v.requires_grad:
-        raise ValueError("the model's output has no gradient: it is detached, or made in no_grad")
+    _with_gradient(v)
 
 
 def _rest(model, layers):
@@ -703,19 +937,21 @@ def _rest(model, layers):
     return {name: p for name, p in _trained(model).items() if p not in covered}
 
 
-def _rest_gradients(model, rest, inputs, vectors):
-    """(N, P) the gradients of the rest, by the clear route."""
-    f, params = of_module(model)
-    params = {name: params[name] for name in rest}
+def _rest_gradients(model, rest, batch, vectors):
+    """(N, P) the gradients of the rest: by the clear route, or else by N backward passes."""
     try:
-        return per_sample_gradients(f, params, inputs, vectors)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        known = ", ".join(layer.__name__ for layer in LAYERS)
-        raise ValueError(f"{_listed(rest)}: the fast route takes apart only {known} that are "
-                         "called once, with one row a sample, and the clear route cannot run this "
-                         f"model: {error}") from error
+        f, params = of_module(model)
+        params = {name: params[name] for name in rest}
+        return per_sample_gradients(f, params, batch.inputs, vectors)
+    except Exception:
+        # Not every model can be called again, and with one sample: random numbers, a fixed batch.
+        pass
+    rows = []
+    for i in range(len(batch.v)):
+        of_one = torch.zeros_like(vectors)
+        of_one[i] = vectors[i]
+        rows.append(_flat_gradient(batch.v, list(rest.values()), of_one))
+    return torch.stack(rows)
 
 
 def _listed(rest):
@@ -747,6 +983,7 @@ def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27, check=True):
         model[0].weight.data *= 1.1
         drift = ntk.kernel_drift(ntk.fast_ntk_blocks(model, inputs), K_start)      # ()
     """
+    _positive(chunk)
     batch = _forward(model, inputs)
     N, D = len(batch.v), batch.v[0].numel()
     if check:
@@ -790,11 +1027,11 @@ def _unit_factors(batch, names, chunk):
     kept = {}
 
     def back(vectors):
-        return _cotangents(batch, names, vectors)
+        return tuple(_cotangents(batch, names, vectors).values())
 
     for start, unit in zip(range(0, D, chunk), _unit_vectors(batch.v).split(chunk)):
         some = slice(start, start + len(unit))
-        found = vmap(back)(unit)
+        found = dict(zip(names, _for_each(back, unit)))
         for name in names:
             layer = batch.layers[name]
             by_grams = _grams_are_cheaper(layer, N, D)
@@ -815,9 +1052,9 @@ def _unit_vectors(v):
 def _unit_rest(model, rest, batch, chunk):
     """(N, D, P) the rest's part of each Jacobian."""
     def back(vectors):
-        return _rest_gradients(model, rest, batch.inputs, vectors)
+        return _rest_gradients(model, rest, batch, vectors)
 
-    rows = [vmap(back)(unit) for unit in _unit_vectors(batch.v).split(chunk)]
+    rows = [_for_each(back, unit) for unit in _unit_vectors(batch.v).split(chunk)]
     return torch.cat(rows).transpose(0, 1)
 
 
@@ -1110,8 +1347,8 @@ def measure_frozen(model, inputs, u, moments):
     r0 = (model(*inputs) - u).detach().flatten(1)                  # (3, 192)
     K = fast_ntk_blocks(model, inputs)                             # (3, 3, 192, 192)
     values = torch.linalg.eigvalsh(K.transpose(1, 2).reshape(576, 576))
-    # Small steps even along the steepest direction, so that descent is nearly a flow.
-    eta = 0.05 * len(u) / values[-1].item()
+    # A quarter of what the steepest direction would bear, so that descent is nearly a flow.
+    eta = 0.25 * len(u) / values[-1].item()
     found = []
     for step in range(moments[-1] + 1):
         r = model(*inputs) - u
@@ -1130,7 +1367,7 @@ def measure_frozen(model, inputs, u, moments):
     return found
 
 
-def main(training=100, moments=(50, 500)):
+def main(training=100, moments=(10, 100)):
     try:
         import dit, flow_matching, toy_data                        # noqa: E401, F401
     except ImportError:

@@ -20,6 +20,7 @@ examples below take their names from `import torch, sga`.
 
 import contextlib
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ def one_sga_step(model, optimizer, loss, x0, tokens, granularity, tuples, genera
     multiplied by min_snr_weight(t, granularity[views]).
     README.md has an example of the whole method, with a network and images.
     """
+    granularity = _numbers(granularity, "the granularity")  # (V,)
     if not len(x0) == len(tokens) == len(granularity):
         raise ValueError(f"there are {len(x0)} views, {len(tokens)} captions"
                          f" and {len(granularity)} granularities")
@@ -49,11 +51,11 @@ def one_sga_step(model, optimizer, loss, x0, tokens, granularity, tuples, genera
     def losses(*batch):
         return loss(model, *batch)
 
-    views = torch.cat(tuples)                           # (n,)
+    views = _views_of(tuples, len(x0), "images")        # (n,)
     a = tuple_weights([len(one) for one in tuples]).to(x0.device)  # (n,)
     t = offset_time(granularity[views], generator)      # (n,)
     e = torch.randn(x0[views].shape, generator=generator, device=x0.device)
-    batch = (x0[views], e, t, tokens[views])
+    batch = (x0[views], e.to(x0.dtype), t, tokens[views])
     optimizer.zero_grad()
     total = deferred_backward(losses, [(batch, a)])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -71,8 +73,8 @@ def decompose(image, boxes, caption, pixels, largest_iou=0.8, smallest=8, enlarg
     if its IoU with a view that is kept is above largest_iou (IoU is the area of
     the overlap over that of the union), if one of its sides has fewer than
     `smallest` pixels, or if it would be enlarged by more than `enlargement`.
-    Raises ValueError for an image of another shape, an unknown granularity, and a
-    box that is empty or reaches outside the image.
+    Raises ValueError for an image of another shape, an unknown granularity, a box
+    that is empty or reaches outside the image, and a limit that is nan or negative.
 
     Example:
         image = torch.rand(3, 60, 90)
@@ -81,10 +83,17 @@ def decompose(image, boxes, caption, pixels, largest_iou=0.8, smallest=8, enlarg
         for granularity, view, its_caption in views:
             print(granularity, view.shape, its_caption)
     """
-    if image.dim() != 3:
-        raise ValueError(f"an image has the shape (3, H, W), not {tuple(image.shape)}")
-    if pixels < 1:
-        raise ValueError(f"a view has 1 pixel or more a side, not {pixels}")
+    # (H, W, 3), the shape of other libraries, would be an image of H channels.
+    is_image = isinstance(image, torch.Tensor) and image.dim() == 3 and image.numel() > 0
+    if not is_image or len(image) > 4:
+        raise ValueError(f"an image has the shape (3, H, W), not {_shape_of(image)}")
+    if not isinstance(pixels, numbers.Integral) or pixels < 1:
+        raise ValueError(f"a view has 1 pixel or more a side, a whole number, not {pixels!r}")
+    if not (largest_iou >= 0 and smallest >= 0 and enlargement > 0):
+        raise ValueError("the limits of a box must not be negative or nan, not"
+                         f" {largest_iou}, {smallest} and {enlargement}")
+    if not isinstance(boxes, dict) or not isinstance(caption, str):
+        raise ValueError("boxes must be a dict, and the caption a text")
     H, W = image.shape[1:]
     for name, box in boxes.items():
         _check_box(name, box, H, W)
@@ -111,9 +120,10 @@ def _check_box(name, box, H, W):
     if name not in GRANULARITIES[1:]:
         raise ValueError(f"a box must be of {' or '.join(GRANULARITIES[1:])}"
                          f" (the root is the macro view), not of {name!r}")
-    if len(box) != 4:
-        raise ValueError(f"the {name} box must be (x0, y0, x1, y1), not {tuple(box)}")
-    x0, y0, x1, y1 = box
+    corners = _numbers(box, f"the {name} box", "numbers")          # (4,)
+    if corners.shape != (4,):
+        raise ValueError(f"the {name} box must be (x0, y0, x1, y1), not {box}")
+    x0, y0, x1, y1 = corners.tolist()
     if not (0 <= x0 < x1 <= W and 0 <= y0 < y1 <= H):
         raise ValueError(f"the {name} box {tuple(box)} is empty or reaches outside the image"
                          f" of {W} x {H} pixels")
@@ -128,6 +138,11 @@ def all_views(sizes, smallest=0.0):
     Example:
         root, granularity = sga.all_views(torch.tensor([0.5, 0.1]), smallest=0.2)  # (5,), (5,)
     """
+    sizes = _numbers(sizes, "sizes", "numbers")         # (R,)
+    if sizes.dim() != 1 or not smallest >= 0:
+        raise ValueError(f"sizes must be (R,) and the smallest not negative, not"
+                         f" {_shape_of(sizes)} and {smallest}")
+    _refuse_on_a_cpu(sizes, sizes.isfinite(), "sizes must be finite")
     roots = torch.arange(len(sizes), device=sizes.device)
     three = torch.arange(3, device=sizes.device)
     root, granularity = torch.cartesian_prod(roots, three).T  # (3R,), (3R,)
@@ -170,10 +185,9 @@ def traded(tuples, labels, generator):
         stratified = sga.traded(tuples, [0, 1, 0, 1, 0, 1], generator)
     """
     labels = _labels(labels, "labels")                  # (V,)
-    used = set(torch.cat(tuples).tolist()) if tuples else set()
-    if not used <= set(range(len(labels))):
-        raise ValueError(f"there are labels for the views 0 to {len(labels) - 1}, but the tuples"
-                         f" have views from {min(used)} to {max(used)}")
+    if not tuples:
+        return []
+    _views_of(tuples, len(labels), "labels")
     place = torch.arange(len(labels))                   # (V,) who stands where
     for label in torch.unique(labels):
         equal = torch.nonzero(labels == label)[:, 0]
@@ -189,15 +203,20 @@ def in_conflict(tuples, products):
     Of all pairs of views whose trade lowers the sum of products within tuples,
     the best trades first, until there is none. The step is then quieter: its
     expected gradient is unchanged, and its E|ghat|^2 is smaller (Eq. 23).
+    Raises ValueError for products of another shape or type, or not finite.
 
     Example, with random gradients g:
         g = torch.randn(6, 20)
         tuples = sga.root_tuples([0, 0, 1, 1, 2, 2], torch.Generator().manual_seed(0))
         quieter = sga.in_conflict(tuples, products=g @ g.T)
     """
-    view = torch.cat(tuples)                            # (n,)
-    if products.shape != (len(products),) * 2 or not view.max() < len(products):
-        raise ValueError(f"products must be (V, V) for V views, not {tuple(products.shape)}")
+    is_float = isinstance(products, torch.Tensor) and products.is_floating_point()
+    if not is_float or products.dim() != 2 or products.shape[0] != products.shape[1]:
+        raise ValueError("products must be (V, V) for V views, floating-point numbers, not"
+                         f" {_shape_of(products)}")
+    if not products.isfinite().all():
+        raise ValueError("the products of the views' gradients must be finite")
+    view = _views_of(tuples, len(products), "products")  # (n,)
     sizes = torch.tensor([len(one) for one in tuples])  # (T,)
     tuple_of = torch.arange(len(sizes)).repeat_interleave(sizes)  # (n,)
     member = torch.nn.functional.one_hot(tuple_of).to(products)  # (n, T)
@@ -221,18 +240,39 @@ def in_conflict(tuples, products):
 
 def _places_in_conflict(root, products):
     """(V,) the view that takes the place of each view, so that root tuples become in_conflict."""
+    V = len(root)
+    if _shape_of(products) != (V, V):
+        raise ValueError(f"products must be (V, V) for V views, here {V}, not"
+                         f" {_shape_of(products)}")
     tuples = root_tuples(root, torch.Generator().manual_seed(0))
-    place = torch.arange(len(root))                     # (V,)
+    place = torch.arange(V)                             # (V,)
     place[torch.cat(tuples)] = torch.cat(in_conflict(tuples, products))
     return place
 
 
-def _numbers(labels, name):
-    """The labels as a tensor. Words are refused in a sentence that says so."""
+def _shape_of(z):
+    """What a refusal says of z: its shape, or its type if it is no tensor."""
+    return tuple(z.shape) if isinstance(z, torch.Tensor) else f"a {type(z).__name__}"
+
+
+def _numbers(values, name, kind="whole numbers", device=None):
+    """The values as a tensor. Words are refused in a sentence that says so."""
     try:
-        return torch.as_tensor(labels)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be whole numbers, and no words or lists") from None
+        return torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be {kind}, and no words or lists") from None
+
+
+def _views_of(tuples, V, what):
+    """(n,) the views of the tuples of a step or an epoch, each from 0 to V - 1."""
+    tuples = [_numbers(one, "a tuple") for one in tuples]
+    if not tuples or any(one.dim() != 1 or one.dtype != torch.int64 for one in tuples):
+        raise ValueError("tuples must be one or more, each with the numbers of its views (K_g,)")
+    view = torch.cat(tuples)                            # (n,)
+    if len(view) and not (view.min() >= 0 and view.max() < V):
+        raise ValueError(f"there are {what} for the views 0 to {V - 1}, but the tuples"
+                         f" have views from {view.min()} to {view.max()}")
+    return view
 
 
 def _labels(labels, name):
@@ -241,6 +281,15 @@ def _labels(labels, name):
         raise ValueError(f"{name} must be whole numbers (V,), one for each view and at least one,"
                          f" not {labels.dtype} of the shape {tuple(labels.shape)}")
     return labels
+
+
+def _of_views(root, granularity):
+    """(V,) each: the root and the granularity of every view."""
+    root, granularity = _labels(root, "root"), _labels(granularity, "granularity")
+    if len(root) != len(granularity):
+        raise ValueError(f"each view has a root and a granularity, but there are {len(root)} roots"
+                         f" and {len(granularity)} granularities")
+    return root, granularity
 
 
 def tuple_weights(sizes, scaling="root", k_max=3):
@@ -259,11 +308,13 @@ def tuple_weights(sizes, scaling="root", k_max=3):
     """
     if scaling not in ("root", "view"):
         raise ValueError(f'the scaling must be "root" or "view", not {scaling!r}')
-    sizes = torch.as_tensor(sizes)                      # (G,)
+    sizes = _numbers(sizes, "sizes")                    # (G,)
     if sizes.dim() != 1 or len(sizes) == 0 or sizes.is_floating_point():
         raise ValueError(f"sizes must be those of 1 tuple or more, not {sizes.tolist()}")
-    if sizes.min() < 1 or sizes.max() > k_max:
+    if not isinstance(k_max, numbers.Integral) or sizes.min() < 1 or sizes.max() > k_max:
         raise ValueError(f"a tuple has 1 to {k_max} views, not {sizes.tolist()}")
+    # In uint8, a product of two sizes may not fit.
+    sizes = sizes.long()                                # (G,)
     G = len(sizes)
     shared_by = sizes if scaling == "root" else torch.full_like(sizes, k_max)  # (G,)
     each = 1 / (G * shared_by).double()                 # (G,)
@@ -296,9 +347,10 @@ def deferred_backward(losses, sub_batches, quiet=contextlib.nullcontext):
         exchange = contextlib.nullcontext() if last else quiet()
         with exchange:
             each = losses(*batch)                       # (n,)
-            if each.shape != a.shape:
-                raise ValueError(f"losses of the shape {tuple(each.shape)} do not fit weights"
-                                 f" of the shape {tuple(a.shape)}")
+            fits = isinstance(each, torch.Tensor) and isinstance(a, torch.Tensor)
+            if not fits or each.shape != a.shape:
+                raise ValueError(f"losses of the shape {_shape_of(each)} do not fit weights"
+                                 f" of the shape {_shape_of(a)}")
             loss = (a * each).sum()
             loss.backward()
         total += loss.detach()
@@ -316,26 +368,30 @@ def offset_time(granularity, generator, offsets=OFFSETS, mean=0.0, std=1.0, shif
     see more noise and micro views less. Labels of your own have offsets of their
     own in a dict. s is the resolution shift; s > 1 favours noise, as larger images
     need, and s = 1 is off. The median of t is sigmoid(mean + mu), shifted.
-    Raises ValueError unless the shift is positive and the std not negative, and
-    for a granularity without an offset. On a GPU such a granularity has t = nan
-    instead: to look for it, the program would have to wait for the GPU in every
-    step.
+    Raises ValueError unless the shift is positive and the std not negative, for
+    offsets that are not finite, and for a granularity without an offset. On a GPU
+    such a granularity has t = nan instead: to look for it, the program would have
+    to wait for the GPU in every step.
 
     Example:
         generator = torch.Generator().manual_seed(0)
         t = sga.offset_time([0, 1, 2, 2], generator)    # (4,)
         t = sga.offset_time([7, 3, 3], generator, offsets={3: 0.5, 7: -0.5})  # (3,)
     """
-    if not 0 < shift < math.inf:
-        raise ValueError(f"the resolution shift must be positive and finite, not {shift}")
-    if not (0 <= std < math.inf and math.isfinite(mean)):
+    if not all(isinstance(value, numbers.Real) for value in (mean, std, shift)):
+        raise ValueError("mean, std and shift must be one number each")
+    # Float32 has no room for all that is finite.
+    if not 1e-30 <= shift <= 1e30:
+        raise ValueError("the resolution shift must be positive and finite, from 1e-30 to"
+                         f" 1e30, not {shift}")
+    if not (0 <= std <= 1e30 and abs(mean) <= 1e30):
         raise ValueError("the law of t needs a finite mean, and a finite std that is not"
-                         f" negative, not {mean} and {std}")
+                         f" negative, both up to 1e30, not {mean} and {std}")
     granularity = _numbers(granularity, "the granularity")  # (n,)
     if generator.device.type != granularity.device.type:
         raise ValueError(f"the generator is on {generator.device}, the granularity on"
                          f" {granularity.device}; they must be on one device")
-    mu = _of_each(granularity, offsets)                 # (n,)
+    mu = _of_each(granularity, _table(offsets, "offsets"))  # (n,)
     noise = torch.randn(len(mu), generator=generator, device=mu.device)  # (n,)
     t = torch.sigmoid(mean + mu + std * noise)          # (n,)
     shifted = shift * t / (1 + (shift - 1) * t)         # (n,)
@@ -352,9 +408,10 @@ def min_snr_weight(t, granularity, gammas=GAMMAS, form="epsilon"):
     authors' code uses on a velocity loss. The form "velocity" is
     min(SNR, gamma) / (SNR + 1): the same weight carried over to a loss on v (on
     this path up to the factor (1 - t)^2 + t^2). It is below 1 at every t.
-    Raises ValueError for another form, for t outside [0, 1] or nan, and for a
-    granularity without a gamma. On a GPU the weight is nan in the last two cases:
-    to look for them, the program would have to wait for the GPU in every step.
+    Raises ValueError for another form, for a gamma that is not finite and
+    positive, for t outside [0, 1] or nan, and for a granularity without a gamma.
+    On a GPU the weight is nan in the last two cases: to look for them, the program
+    would have to wait for the GPU in every step.
 
     Example:
         a = sga.min_snr_weight(torch.rand(4), [0, 1, 2, 2])  # (4,)
@@ -363,12 +420,14 @@ def min_snr_weight(t, granularity, gammas=GAMMAS, form="epsilon"):
     if form not in ("epsilon", "velocity"):
         raise ValueError(f'the form must be "epsilon" or "velocity", not {form!r}')
     granularity = _numbers(granularity, "the granularity")  # (n,)
-    t = torch.as_tensor(t, device=granularity.device)
+    t = _numbers(t, "t", "numbers", granularity.device)
+    # The SNR of a small t is too large for half precision.
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
     t = t.expand(granularity.shape) if t.dim() == 0 else t
     if t.shape != granularity.shape:
         raise ValueError(f"t must be one number or have the shape of the granularity,"
                          f" {tuple(granularity.shape)}, not {tuple(t.shape)}")
-    gamma = _of_each(granularity, gammas)               # (n,)
+    gamma = _of_each(granularity, _table(gammas, "gammas", above=0.0))  # (n,)
     inside = (t >= 0) & (t <= 1)                        # (n,)
     _refuse_on_a_cpu(t, inside, "the Min-SNR weight needs 0 <= t <= 1")
     snr = ((1 - t) / t) ** 2                            # (n,)
@@ -380,22 +439,31 @@ def min_snr_weight(t, granularity, gammas=GAMMAS, form="epsilon"):
     return torch.where(snr <= gamma, 1.0, gamma / snr)
 
 
-def _of_each(granularity, values):
-    """(n,) values[granularity]; nan where there is no such value, which a CPU refuses.
+def _table(values, name, above=-math.inf):
+    """{label: value} from a sequence or a dict, whose values are finite and above a bound."""
+    if isinstance(values, torch.Tensor):
+        values = values.tolist()
+    try:
+        table = dict(values if isinstance(values, dict) else enumerate(values))
+        inside = [above < value < math.inf for value in table.values()]
+    except (TypeError, ValueError, RuntimeError):      # no numbers, or several for one label
+        inside = []
+    if not inside or not all(inside):
+        bound = "" if above == -math.inf else f" above {above:g}"
+        raise ValueError(f"the {name} must be finite numbers{bound}, one or more, not {values}")
+    words = [label for label in table if not isinstance(label, numbers.Integral)]
+    if words:
+        raise ValueError(f"the labels must be whole numbers, not {words[0]!r}")
+    return table
 
-    values is a sequence, or a dict of whole numbers and their values.
-    """
+
+def _of_each(granularity, value_of):
+    """(n,) the value of each granularity; nan where there is none, which a CPU refuses."""
     if granularity.dim() != 1:
         raise ValueError(f"the granularity must be (n,), not {tuple(granularity.shape)}")
-    if isinstance(values, dict):
-        words = [label for label in values if not isinstance(label, int)]
-        if words:
-            raise ValueError(f"the labels must be whole numbers, not {words[0]!r}")
-        rule = f"a granularity must be one of {', '.join(map(str, values))}"
-        value_of = values
-    else:
-        rule = f"a granularity must be one of 0..{len(values) - 1}"
-        value_of = dict(enumerate(values))
+    allowed = ", ".join(map(str, value_of))
+    if list(value_of) == list(range(len(value_of))):
+        allowed = f"0..{len(value_of) - 1}"
     each = torch.full(granularity.shape, torch.nan, device=granularity.device)
     known = torch.zeros_like(each, dtype=torch.bool)    # (n,)
     # No table of the values is indexed, since a GPU would wait for it to be
@@ -404,7 +472,7 @@ def _of_each(granularity, values):
         this = granularity == label                     # (n,)
         each = torch.where(this, value, each)           # (n,)
         known = known | this                            # (n,)
-    _refuse_on_a_cpu(granularity, known, rule)
+    _refuse_on_a_cpu(granularity, known, f"a granularity must be one of {allowed}")
     return each
 
 
@@ -430,14 +498,20 @@ def measured_offsets(M, granularity, t):
         granularity = torch.tensor([0, 0, 1, 1, 2, 2])
         mu = sga.measured_offsets(g @ g.T, granularity, t)  # (3,)
     """
-    N = len(t)
-    if M.shape != (N, N) or t.shape != (N,) or granularity.shape != (N,):
+    M, t = _numbers(M, "M", "numbers"), _numbers(t, "t", "numbers")  # (N, N), (N,)
+    granularity = _numbers(granularity, "the granularity")  # (N,)
+    N = len(M) if M.dim() else 0
+    if M.shape != (N, N) or t.shape != (N,) or granularity.shape != (N,) or N == 0:
         raise ValueError(f"M must be (N, N), granularity and t (N,), not {tuple(M.shape)},"
                          f" {tuple(granularity.shape)} and {tuple(t.shape)}")
     t_allowed = (t > 0) & (t < 1)
-    granularity_allowed = (granularity >= 0) & (granularity < 3)
+    granularity_allowed = (granularity == 0) | (granularity == 1) | (granularity == 2)
     if not (t_allowed.all() and granularity_allowed.all()):
         raise ValueError("measured offsets need 0 < t < 1, and granularities from 0 to 2")
+    precision = torch.promote_types(M.dtype, t.dtype)
+    M, t, granularity = M.to(precision), t.to(precision), granularity.long()
+    # In place of 0, where something is divided by a length.
+    least = torch.finfo(precision).tiny
     levels = torch.unique(t)                            # (L,)
     # Samples of one level and granularity are of one kind; `mean` averages over
     # each kind.
@@ -448,13 +522,19 @@ def measured_offsets(M, granularity, t):
     # batch's.
     between = mean.T @ M @ mean                         # (3L, 3L)
     with_batch = mean.T @ M.mean(1)                     # (3L,)
-    length = between.diagonal().clamp(min=1e-30).sqrt()  # (3L,)
+    length = between.diagonal().clamp(min=least).sqrt()  # (3L,)
     cosine = with_batch / length                        # (3L,) up to a common factor
     weight = cosine.clamp(min=0).view(-1, 3)            # (L, 3)
-    return (torch.logit(levels) @ weight) / weight.sum(0).clamp(min=1e-30)
+    mu = (torch.logit(levels) @ weight) / weight.sum(0).clamp(min=least)
+    if not mu.isfinite().all():
+        raise ValueError("M must be finite, and its sums must not be too large for its type")
+    return mu
 
 
 # --- The arms of the study: what each way to fine-tune changes of the baseline --------------------
+
+MEETINGS = ("root", "granularity", "conflict", "any")
+
 
 class Arm(NamedTuple):
     """One way to fine-tune. As it stands, the baseline: all views shuffled, all treated alike."""
@@ -537,8 +617,15 @@ def plan(root, granularity, arm, tuples_per_step, steps, seed, products=None):
         for views, weights in sga.plan(root, granularity, arm, 1, steps=4, seed=0):
             print("a step sees the views", views, "with the weights", weights)
     """
-    if tuples_per_step < 1:
-        raise ValueError(f"a step has 1 tuple or more, not {tuples_per_step}")
+    root, granularity = _of_views(root, granularity)    # (V,) each
+    if not isinstance(tuples_per_step, numbers.Integral) or tuples_per_step < 1:
+        raise ValueError(f"a step has 1 tuple or more, a whole number, not {tuples_per_step!r}")
+    if not isinstance(steps, numbers.Integral) or steps < 0:
+        raise ValueError(f"steps must be a whole number from 0 on, not {steps!r}")
+    meets = isinstance(arm, Arm) and arm.meet in MEETINGS
+    if not meets or not isinstance(arm.join, int) or arm.join < 1:
+        raise ValueError(f"the arm must be an Arm, its meet one of {', '.join(MEETINGS)},"
+                         f" and its join a whole number from 1 on, not {arm!r}")
     # The controls trade with a generator of their own. So the sizes of their
     # tuples follow each other in the same order as with root tuples.
     generator = torch.Generator().manual_seed(seed)
@@ -576,6 +663,8 @@ def whole_scenes(views, root, granularity):
         root, granularity = sga.all_views(torch.ones(2))
         macro = sga.whole_scenes(torch.tensor([1, 5]), root, granularity)  # (2,)
     """
+    root, granularity = _of_views(root, granularity)    # (V,) each
+    views = _views_of([views], len(root), "roots")      # (n,)
     macro = torch.nonzero(granularity == 0)[:, 0]       # (R,)
     same_root = root[views][:, None] == root[macro]     # (n, R)
     if not (same_root.sum(1) == 1).all():

@@ -14,6 +14,7 @@ with values in [-1, 1]. Run `python toy_data.py` for a picture.
 """
 
 import itertools
+import numbers
 import sys
 import textwrap
 from functools import lru_cache
@@ -106,24 +107,53 @@ def palette(table, device):
 
 # --- Checks: wrong input gets one sentence. None of them makes a GPU wait for its host ------------
 
+def _refuse_on_a_cpu(values, allowed, rule):
+    """Raises ValueError for a value that is not allowed. A GPU would have to be waited for."""
+    if values.device.type == "cpu" and not allowed.all():
+        raise ValueError(f"{rule}, not {values[~allowed][0].item():g}")
+
+
 def check_scenes(scenes):
-    """Raises ValueError unless the three fields have the shapes that Scenes promises."""
-    n = len(scenes.objects)
-    shapes = tuple(tuple(field.shape) for field in scenes)
+    """Raises ValueError unless the three fields have the shapes and values that Scenes promises.
+
+    The nuisance may be any, and coverage checks that its radius is one.
+    """
+    fields = [getattr(scenes, name, None) for name in Scenes._fields]
+    if not all(isinstance(field, torch.Tensor) for field in fields):
+        raise ValueError("scenes must be Scenes of three tensors, as sample_scenes makes them")
+    objects, background, _ = fields
+    n = len(background) if background.dim() else 0
+    shapes = tuple(tuple(field.shape) for field in fields)
     if shapes not in [((n, k, 4), (n,), (n, 3)) for k in LAYOUTS]:
         raise ValueError("scenes need objects (n, k, 4) with k = 1 or 2, background (n,) and "
                          f"nuisance (n, 3) for one n, not {', '.join(map(str, shapes))}")
+    whole = (torch.int64, torch.int32)
+    if objects.dtype not in whole or background.dtype not in whole:
+        raise ValueError("objects and background must be whole numbers (int64 or int32), not "
+                         f"{objects.dtype} and {background.dtype}")
+    places = sum(LAYOUTS[objects.shape[1]], ())
+    first = constant((0, 0, 0, places[0]), objects.device)        # (4,)
+    sizes = (len(SHAPES), len(COLOURS), len(TEXTURES), len(places))
+    last = first + constant(sizes, objects.device) - 1            # (4,)
+    _refuse_on_a_cpu(objects, (objects >= first) & (objects <= last),
+                     "objects must be indices into SHAPES, COLOURS, TEXTURES and PLACES (0 to 8 "
+                     "for one object, 9 to 12 for two)")
+    _refuse_on_a_cpu(background, (background >= 0) & (background < len(BACKGROUNDS)),
+                     "the background must be an index into BACKGROUNDS")
 
 
 def check_objects(objects):
     """Raises ValueError unless the number of objects in a scene is 1 or 2."""
-    if objects not in LAYOUTS:
+    if not isinstance(objects, int) or objects not in LAYOUTS:
         raise ValueError(f"a scene has 1 or 2 objects, not {objects}")
 
 
 def check_images(images, objects):
     """Raises ValueError unless images are (n, 3, pixels, pixels) of 1 or 2 objects."""
     check_objects(objects)
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise ValueError(f"images must be floating-point numbers from -1 to 1, not {kind}")
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be (n, 3, pixels, pixels), not {tuple(images.shape)}")
 
@@ -138,12 +168,16 @@ def index_of(granularity):
 
 def indices_of(granularity, scenes):
     """(n,) the granularity of each of n scenes, from one name, n names, or (n,) indices 0..2."""
+    check_scenes(scenes)
     background = scenes.background
     if isinstance(granularity, str):
         return torch.full_like(background, index_of(granularity))
+    if isinstance(granularity, (list, tuple)):
+        indices = [one if isinstance(one, int) else index_of(one) for one in granularity]
+        granularity = torch.tensor(indices, dtype=torch.int64, device=background.device)
     if not isinstance(granularity, torch.Tensor):
-        indices = [index_of(name) for name in granularity]
-        granularity = torch.tensor(indices, device=background.device)
+        raise ValueError("granularity must be a name, a list of names, or indices in a tensor, "
+                         f"not {granularity!r}")
     if granularity.shape != background.shape or granularity.dtype not in (torch.int64, torch.int32):
         shape, kind = tuple(granularity.shape), granularity.dtype
         raise ValueError(f"granularity must be a name, or one name or whole number for each of the "
@@ -182,6 +216,8 @@ def sample_scenes(n, generator, domain="base", split="seen", objects=1):
     Raises ValueError for an unknown domain or split and for a number of objects other than 1, 2.
     """
     check_objects(objects)
+    if not isinstance(n, numbers.Integral) or n < 0:
+        raise ValueError(f"the number of scenes must be a whole number from 0 on, not {n!r}")
     device = generator.device
 
     def pick(table, *size):
@@ -238,9 +274,8 @@ def caption_tokens(scenes, granularity):
     The granularity is as in `views`. Tables make them, not texts: a text would make a GPU wait for
     its host in every step.
     """
-    check_scenes(scenes)
-    device = scenes.background.device
     granularity = indices_of(granularity, scenes)       # (n,)
+    device = scenes.background.device
     macro = (granularity == 0)[:, None]                 # (n, 1)
     shape, colour, texture, place = scenes.objects.unbind(2)      # (n, k) each
 
@@ -281,7 +316,8 @@ def tokenize(texts):
     Raises ValueError for an empty list, for an unknown word and for more than 12 words. Whether the
     words make a caption of this data is not checked here: see grammar_error.
     """
-    if isinstance(texts, str) or len(texts) == 0:
+    is_list = isinstance(texts, (list, tuple)) and len(texts) > 0
+    if not is_list or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"tokenize takes a list of at least one caption, not {texts!r}")
     rows = []
     for text in texts:
@@ -332,7 +368,7 @@ def match(words, form):
 
 def grammar_error(text):
     """"" if the text is a caption of this data; else a sentence: what is wrong, and the grammar."""
-    granularity, *words = text.split() or [""]
+    granularity, *words = str(text).split() or [""]
     if granularity not in GRANULARITIES:
         return (f"the caption {text!r} must start with macro, meso or micro, for example: "
                 "macro red plain circle top left on white")
@@ -364,9 +400,8 @@ def grammar_error(text):
 
 def view_boxes(scenes, granularity):
     """(n, 4) x0, y0, x1, y1 of what each scene's view shows; the granularity is as in `views`."""
-    check_scenes(scenes)
-    device = scenes.background.device
     granularity = indices_of(granularity, scenes)       # (n,)
+    device = scenes.background.device
     close = granularity > 0                             # (n,) meso or micro
     place = palette(PLACES, device)[scenes.objects[:, 0, 3]]      # (n, 2)
     centre = torch.where(close[:, None], place, 0.5)    # (n, 2)
@@ -450,22 +485,31 @@ def dotted(x, y, pixel):
 
 def choose(options, index):
     """(n, k, p, p) for each object the option that index (n, k, 1, 1) names."""
-    table = torch.stack(torch.broadcast_tensors(*options))
+    table = torch.stack(torch.broadcast_tensors(*options))        # (options, n, k, p, p)
+    if index.shape != (*table.shape[1:3], 1, 1):
+        raise ValueError(f"index must be (n, k, 1, 1) for options of the shape "
+                         f"{tuple(table.shape[1:])}, not {tuple(index.shape)}")
     return table.gather(0, index.expand_as(table[0])[None])[0]
 
 
 def coverage(scenes, boxes, pixels):
     """(n, k, pixels, pixels) how much of each pixel has each object's colour, from 0 to 1.
 
-    The boxes are (n, 4) x0, y0, x1, y1. Raises ValueError for other shapes and pixels below 1.
+    The boxes are (n, 4) x0, y0, x1, y1, and squares. Raises ValueError for others, for pixels
+    below 1, and for a radius that is not above 0.
     """
     check_scenes(scenes)
-    n, device = len(boxes), boxes.device
-    if boxes.shape != (len(scenes.background), 4):
+    if not isinstance(boxes, torch.Tensor) or boxes.shape != (len(scenes.background), 4):
         raise ValueError(f"{len(scenes.background)} scenes need boxes of as many rows "
-                         f"x0, y0, x1, y1, not {tuple(boxes.shape)}")
-    if pixels < 1 or pixels % 1:
+                         f"x0, y0, x1, y1, not {tuple(getattr(boxes, 'shape', ()))}")
+    if not isinstance(pixels, numbers.Real) or pixels < 1 or pixels % 1:
         raise ValueError(f"pixels must be a whole number from 1 on, not {pixels}")
+    n, device = len(boxes), boxes.device
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)       # (n,) each
+    _refuse_on_a_cpu(width, (width > 0) & ((width - height).abs() <= 1e-3 * width),
+                     "a box must be a square whose sides are above 0")
+    radii = scenes.nuisance[:, 2]                       # (n,)
+    _refuse_on_a_cpu(radii, (radii > 0) & radii.isfinite(), "an object's radius must be above 0")
 
     # The middles of the pixels, in widths of the scene.
     middles = (torch.arange(pixels, device=device) + 0.5) / pixels          # (p,)
@@ -495,8 +539,12 @@ def coverage(scenes, boxes, pixels):
 def compose(m, colour, background):
     """(n, 3, p, p) background + sum_k m_k (colour_k - background): linear in the coverages m.
 
-    m is (n, k, p, p); colour (n, k, 3) and background (n, 3) are RGB.
+    m is (n, k, p, p); colour (n, k, 3) and background (n, 3) are RGB. Raises ValueError for others.
     """
+    n, k = m.shape[:2]
+    if m.dim() != 4 or colour.shape != (n, k, 3) or background.shape != (n, 3):
+        raise ValueError("m must be (n, k, p, p), colour (n, k, 3) and background (n, 3), not "
+                         f"{tuple(m.shape)}, {tuple(colour.shape)}, {tuple(background.shape)}")
     contrast = colour - background[:, None]             # (n, k, 3)
     objects = torch.einsum("nkhw,nkc->nchw", m, contrast)         # (n, 3, p, p)
     return background[..., None, None] + objects        # (n, 3, p, p)
@@ -618,12 +666,14 @@ def accuracies(images, scenes, granularity="macro"):
         order = scenes.objects[..., 3].argsort(1)[..., None]      # (n, k, 1)
         objects = scenes.objects.gather(1, order.expand(n, k, 4))           # (n, k, 4)
     same = (found == objects).all(1)                    # (n, 4)
+    # To an image that is not finite nothing fits, and the reader's first guess means nothing.
+    same = same & residual.isfinite()[:, None]          # (n, 4)
     shape, colour, texture, place = same.unbind(1)      # (n,) each
 
     layout = place & (background == scenes.background)  # (n,)
     shape_colour = shape & colour                       # (n,)
     if granularity != "macro":
-        layout = torch.ones_like(layout)                # (n,)
+        layout = residual.isfinite()                    # (n,)
     if granularity == "micro":
         shape_colour = colour                           # (n,)
     return {"layout": layout, "shape_colour": shape_colour, "texture": texture,
@@ -704,7 +754,12 @@ def paint_reader(axis, noises, shares):
 
 
 def main(file="toy_data.png"):
-    import matplotlib.pyplot as plt
+    import matplotlib
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 7.8), layout="constrained")
+    kinds = figure.canvas.get_supported_filetypes()
+    if file.rpartition(".")[2].lower() not in kinds:
+        raise SystemExit(f"the picture {file!r} must end in one of {', '.join(sorted(kinds))}")
     pixels, noises = 24, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
     generator = torch.Generator().manual_seed(11)
     scene = sample_scenes(1, generator, "target")
@@ -722,8 +777,7 @@ def main(file="toy_data.png"):
         limit = largest_real_residual(granularity, pixels)
         print(f"{granularity}: an image is a scene up to a residual of {limit:.3f}")
 
-    with plt.rc_context({"font.size": 15, "axes.titlesize": 17}):
-        figure = plt.figure(figsize=(10, 7.8), layout="constrained")
+    with matplotlib.rc_context({"font.size": 15, "axes.titlesize": 17}):
         grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.05))
         for column, (caption, image) in enumerate(seen):
             paint_view(figure.add_subplot(grid[0, 2 * column:2 * column + 2]), caption, image)

@@ -5,7 +5,7 @@
     python train.py --resume                     # go on after a stop, as if there had been none
     torchrun --nproc_per_node=2 train.py         # two GPUs: the same batches, each takes a share
     python train.py sample --checkpoint runs/dit-0/checkpoint.pt \\
-        "macro red striped circle top left on white"
+        "macro red striped circle top left on grey"
 
 The method is draw_batch, learning_rate and Run.train_step. support/ holds what else a program
 needs: report.py judges a run, book.py keeps its files, machine.py knows GPUs and processes.
@@ -20,7 +20,7 @@ import sys
 import support
 
 if __name__ == "__main__":
-    support.end_interrupts_in_one_sentence()   # also while torch is loaded, which takes seconds
+    support.begin_program()                    # Ctrl-C may come while torch is loaded
 
 import torch
 
@@ -302,6 +302,7 @@ def train(run, folder):
     """Both phases, or what is left of them; every few steps a row of the log and a checkpoint."""
     s = run.settings
     first = machine.rank() == 0
+    machine.check_shares(run)
     run.use(machine.compiled(machine.together(run.model), s))
     if first:
         recorder = report.Recorder(run)
@@ -357,43 +358,42 @@ def main_train(arguments):
         machine.wait_for_the_others()
         return train(resumed_run(asked, folder), folder)
 
-    run = resumed_run(asked, folder) if resuming else new_run(s, folder)
+    run = None if resuming else new_run(s, folder)
     with book.owned(folder):
-        if not resuming:
+        if resuming:
+            run = resumed_run(asked, folder)
+        else:
             book.check_unused(folder)          # once more, now that nobody else can use it
             report.save_all(run, folder)
+        file, pretrained = os.path.join(folder, "pretrained.pt"), build(run.settings)
+        if run.step >= run.settings.pretrain_steps:                # refused now, not at the end
+            book.load_weights(file, pretrained, run.settings, FORMAT)
         machine.wait_for_the_others()
         report.announce(run, folder)
         train(run, folder)
         # A kill may have come between the last checkpoint and its rows: no later row mends that.
         book.write_rows(run.log, run.probe, report.COLUMNS, folder)
-        file = os.path.join(folder, "pretrained.pt")
-        pretrained = book.load_weights(file, build(run.settings), run.settings, FORMAT)
+        book.load_weights(file, pretrained, run.settings, FORMAT)
         report.report(run, pretrained, folder)
 
 
 def main_sample(arguments):
-    captions, tokens, checkpoint, picture, changes = book.parse_sample(arguments)
+    captions, tokens, checkpoint, out, changes = book.parse_sample(arguments)
+    picture = pictures.file_of(out)
     machine.full_precision()
     s, content = book.load(checkpoint, Settings, FORMAT)
-    s = dataclasses.replace(s, **changes)
-    report.say_what_was_never_trained(captions, s)
-    model = book.load_weights(checkpoint, build(s, content["step"]), s, FORMAT)
-    tokens = tokens.repeat_interleave(4, 0).to(s.device)
-    images = report.sample_images(model, tokens, s, machine.seeded(s, 0)).unflatten(0, (-1, 4))
-    pictures.draw_captions(captions, images, picture)
-    print(f"four samples of each caption are in {picture}")
+    s, step = dataclasses.replace(s, **changes), content["step"]
+    report.say_what_was_never_trained(captions, s, step)
+    model = book.load_weights(checkpoint, build(s, step), s, FORMAT)
+    report.draw_captions(model, s, captions, tokens, picture)
 
 
 def main(arguments):
-    with book.one_sentence():
-        try:
-            if arguments[:1] == ["sample"]:
-                main_sample(arguments[1:])
-            else:
-                main_train(arguments)
-        finally:
-            machine.leave_the_others()
+    with machine.leaving_the_others(), book.one_sentence():
+        if arguments[:1] == ["sample"]:
+            main_sample(arguments[1:])
+        else:
+            main_train(arguments)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ is written out, since fused kernels lack those rules. Run `python unet.py` for i
 """
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -15,35 +16,55 @@ from torch import nn
 
 # --- The same in dit.py and unet.py, so that each can be copied out alone: checks, words, time ----
 
-def with_defaults(x, t, tokens, size):
+def with_defaults(x, t, tokens, size, kind):
     """t (N,) and tokens (N, L) for x (N, *size); ValueError for what does not fit to x.
 
-    t may be one number for all samples. tokens=None is the null caption of one word, for a network
-    that has no condition: an empty caption (N, 0) would leave attention nothing to attend to.
+    kind is the type of the weights. t may be one number for all samples. tokens=None is the null
+    caption of one word, for a network that has no condition: an empty caption (N, 0) would leave
+    attention nothing to attend to.
     No value is read, since that would make a GPU wait for its host.
     """
-    if tuple(x.shape[1:]) != size:
+    if not isinstance(x, torch.Tensor) or x.shape[1:] != size or len(x) == 0:
         allowed = ", ".join(map(str, size))
-        raise ValueError(f"x must be (N, {allowed}) for this network, not {tuple(x.shape)}")
-    if not isinstance(t, torch.Tensor):
-        t = torch.tensor(t, dtype=x.dtype, device=x.device)
+        raise ValueError(f"x must be (N, {allowed}) for this network, with N from 1 on, not "
+                         f"{_shape_of(x)}")
+    if x.dtype != kind or kind not in (torch.float32, torch.float64):
+        raise ValueError("x and the weights must both be float32 or both float64 (torch.autocast "
+                         f"computes in bfloat16), not {x.dtype} and {kind}")
+    try:
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    except (TypeError, ValueError):
+        raise ValueError(f"t must be one number or ({len(x)},), not {t!r}") from None
     if t.dim() == 0:
         t = t.expand(len(x))
     if t.shape != (len(x),):
         raise ValueError(f"t must be one number or ({len(x)},), like x, not {tuple(t.shape)}")
     if tokens is None:
         tokens = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
-    if tokens.dim() != 2 or len(tokens) != len(x) or tokens.shape[1] == 0:
+    is_table = isinstance(tokens, torch.Tensor) and tokens.dim() == 2
+    if not is_table or len(tokens) != len(x) or tokens.shape[1] == 0:
         raise ValueError(f"tokens must be ({len(x)}, L), like x, and class labels ({len(x)}, 1), "
-                         f"not {tuple(tokens.shape)}")
+                         f"not {_shape_of(tokens)}")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"tokens must be whole numbers (int64 or int32), not {tokens.dtype}")
     return t, tokens
 
 
+def _shape_of(z):
+    """What a refusal says of z: its shape, or its type if it is no tensor."""
+    return tuple(z.shape) if isinstance(z, torch.Tensor) else f"a {type(z).__name__}"
+
+
+def _require_one_each(condition, x):
+    """One condition for all samples would be spread over them without a word."""
+    if condition.dim() != 2 or len(condition) != len(x):
+        raise ValueError(f"the condition must have a row for each of the {len(x)} samples, not "
+                         f"{tuple(condition.shape)}")
+
+
 def sinusoid(position, width):
     """(..., width) sines and cosines of (...) positions, at wavelengths of 2 pi to < 20,000 pi."""
-    if width % 2:
+    if width % 2 or width < 2:
         raise ValueError(f"width must be even, for pairs of a sine and a cosine, not {width}")
     steps = torch.arange(width // 2, device=position.device)      # (width/2,)
     frequency = torch.exp(-math.log(10_000) * steps / (width // 2))         # (width/2,)
@@ -57,7 +78,8 @@ def attend(q, k, v, heads):
     Raises ValueError for other shapes, and if heads does not divide C.
     """
     one_size = q.dim() == 3 and (len(q), q.shape[2]) == (len(k), k.shape[-1])
-    if not one_size or k.dim() != 3 or k.shape != v.shape or q.shape[2] % heads:
+    divides = one_size and heads > 0 and q.shape[2] % heads == 0
+    if not divides or k.dim() != 3 or k.shape != v.shape:
         raise ValueError(f"attention with {heads} heads needs q (N, Q, C), k and v (N, K, C), not "
                          f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
 
@@ -108,6 +130,8 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens):
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must be (N, L), not {tuple(tokens.shape)}")
         try:
             words = self.embed(tokens)                  # (N, L, C)
         except IndexError:
@@ -136,6 +160,8 @@ class TimeEncoder(nn.Module):
         )
 
     def forward(self, t):
+        if t.dim() != 1:
+            raise ValueError(f"t must be (N,), not {tuple(t.shape)}")
         return self.mlp(sinusoid(1000 * t, self.width))           # (N, C)
 
 
@@ -176,6 +202,7 @@ class ResidualBlock(nn.Module):
             self.skip = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x, condition):
+        _require_one_each(condition, x)
         h = self.conv_1(F.silu(self.norm_1(x)))         # (N, B, H, W)
         modulation = self.modulation(F.silu(condition))           # (N, 2B)
         s, b = modulation[..., None, None].chunk(2, 1)  # (N, B, 1, 1) each
@@ -245,8 +272,11 @@ class UNet(nn.Module):
     def __init__(self, vocabulary, pixels=24, channels=(32, 64, 96), width=96, heads=4,
                  image_channels=3):
         super().__init__()
-        if min(vocabulary, pixels, *channels, width, heads, image_channels) < 1:
-            raise ValueError("all sizes of a U-Net must be 1 or more")
+        channels = tuple(channels) if isinstance(channels, (list, tuple)) else (channels,)
+        sizes = (vocabulary, pixels, *channels, width, heads, image_channels)
+        if not all(isinstance(size, numbers.Integral) and size > 0 for size in sizes):
+            raise ValueError("all sizes of a U-Net must be whole numbers of 1 or more, not "
+                             f"{sizes}")
         wrong = [size for size in (*channels, width) if size % 8 or size % heads]
         if pixels % 4 or len(channels) != 3 or wrong:
             raise ValueError(f"pixels {pixels} must be a multiple of 4; three channels {channels} "
@@ -272,7 +302,8 @@ class UNet(nn.Module):
         self.head = zero(nn.Conv2d(fine, image_channels, 3, padding=1))
 
     def forward(self, x, t, tokens=None):
-        t, tokens = with_defaults(x, t, tokens, self.size)        # (N,), (N, L)
+        kind = self.text.embed.weight.dtype
+        t, tokens = with_defaults(x, t, tokens, self.size, kind)  # (N,), (N, L)
         words, pooled = self.text(tokens)               # (N, L, E), (N, E)
         # The time and the caption as a whole steer every level; words come one by one in addition.
         condition = self.time(t) + pooled               # (N, E)

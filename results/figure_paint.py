@@ -173,8 +173,8 @@ def paint_omega(axis, measured):
 
 def floor(floors):
     """Eq. 5: the loss that is left to the exact velocity, over t."""
-    figure = new_figure("No network gets below this loss: it cannot know\n"
-                        "which image the noise hides")
+    figure = new_figure("No network gets below this loss on a caption's images:\n"
+                        "it cannot know which of them the noise hides")
     axis = figure.subplots()
     for name, colour in zip(GRANULARITIES, COLOURS):
         axis.plot(floors["t"], floors[name], color=colour, linewidth=4, label=name)
@@ -416,6 +416,9 @@ def animate(film, file):
         for shot in film:
             axis.clear()
             paint_shot(axis, shot)
+            writer.grab_frame()
+        # The last one stays for two seconds more.
+        for _ in range(6):
             writer.grab_frame()
 
 

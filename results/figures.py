@@ -16,6 +16,8 @@ if __name__ == "__main__":
     # Not this folder first: its tabulate.py would hide a library of that name.
     sys.path[0] = str(ROOT)
 
+import support  # noqa: E402, F401  before torch: on a busy machine its threads must not spin
+
 import matplotlib  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -90,7 +92,7 @@ def measure_jacobians():
 
 # --- The quadratic form and the floor of the loss -------------------------------------------------
 
-def measure_floor(captions=192, pixels=24, levels=39):
+def measure_floor(captions=192, pixels=16, levels=39):
     """The loss floor by granularity at many t, and at those that are MARKED (Eq. 5).
 
     It is the mean over random captions of the new domain. A caption's population is its 18 images.

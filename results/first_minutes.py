@@ -17,6 +17,8 @@ if __name__ == "__main__":
     # Not this folder first: its tabulate.py would hide a library of that name.
     sys.path[0] = str(ROOT)
 
+import support  # noqa: E402, F401  before torch: on a busy machine its threads must not spin
+
 import matplotlib  # noqa: E402
 import torch  # noqa: E402
 

@@ -267,8 +267,8 @@ def tables(rows):
                 continue
             lines += [f"## {regime}, {name}", "", "Effects:", ""]
             lines += effect_table(rows, regime, model) + [""]
-            lines += ["Predicted from M of the base: the noise E\\|ĝ\\|²/\\|E ĝ\\|² of a step, and the "
-                      "rates of equally long steps by granularity:", ""]
+            lines += ["Predicted from M of the base: the noise E\\|ĝ\\|²/\\|E ĝ\\|² of a step, and "
+                      "the rates of equally long steps by granularity:", ""]
             lines += prediction_table(rows, regime, model) + [""]
             lines += ["The same effects by bootstrap, too narrow for few seeds:", ""]
             lines += bootstrap_table(rows, regime, model) + [""]
@@ -300,6 +300,7 @@ def lines_of_regimes():
 
 def draw_effects(rows, lines, title, file):
     """The effect of every line and network with its interval, one panel for each yardstick."""
+    lines = [line for line in lines if line[2] is None or has_interval(rows, *line[1:])]
     figure = Figure(figsize=(16, 10), layout="constrained")
     axes = figure.subplots(1, len(SHOWN), sharey=True)
     for axis, yardstick in zip(axes, SHOWN):
@@ -318,8 +319,14 @@ def draw_effects(rows, lines, title, file):
     paint_labels(axes[0], lines)
     for model, name in NAMES.items():
         axes[-1].plot([], [], "o-", color=COLOURS[model], label=name, linewidth=3, markersize=10)
-    axes[-1].legend(fontsize=21)
+    figure.legend(*axes[-1].get_legend_handles_labels(), fontsize=21, loc="lower left")
     figure.savefig(file, dpi=64)
+
+
+def has_interval(rows, regime, arm):
+    """Whether some network has two seeds or more of an arm."""
+    numbers = [len(effects(table_of(rows, regime, model), arm, "fit")) for model in NAMES]
+    return max(numbers) > 1
 
 
 def paint_interval(axis, interval, height, colour):

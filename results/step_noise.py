@@ -26,7 +26,7 @@ from results import prediction, regimes, study_statistics  # noqa: E402
 from support import report  # noqa: E402
 
 ROWS = ROOT / "results/step_noise.jsonl"
-CASES = (("dit", "paper"), ("unet", "paper"), ("dit", "eight_tuples"))
+CASES = (("dit", "paper"), ("dit", "eight_tuples"), ("unet", "paper"))
 SCHEMES = ("baseline", "tuple_max", "tuple", "stratified", "quiet", "offsets", "flipped",
            "min_snr", "min_snr_velocity")
 SHARES = (0.0, 0.1, 1 / 3, 1.0)                # of the fine-tuning that is over at a checkpoint
@@ -103,7 +103,7 @@ def read_rows():
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--number", type=int, default=600, help="steps behind a measured square")
+    parser.add_argument("--number", type=int, default=300, help="steps behind a measured square")
     parser.add_argument("--repeats", type=int, default=4, help="samples of each view in M")
     flags = parser.parse_args()
     torch.set_num_threads(1)

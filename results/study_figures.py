@@ -107,7 +107,7 @@ def who_conflicts(rows):
                 every_seed = [row["probe"][checkpoint]["pairs"][kind] for row in baselines]
                 total = sum(found["conflict"] for found in every_seed)
                 shares.append(100 * total / len(baselines))
-            label = " and ".join(kind.split())
+            label = " and ".join(kind.replace("view", "granularity").split())
             axis.plot(steps, shares, "o", linestyle=line, color=colour, label=label)
         axis.set(xlabel="steps of the fine-tuning (baseline)", ylim=(-2, 57))
     panels["dit"].set_ylabel("pairs with M_ij < 0, %")

@@ -2,7 +2,7 @@
 
     python results/tabulate.py
 
-prints it; results/README.md shows it, and a test compares the two.
+prints it; results/details.md shows it, and a test compares the two.
 """
 
 import json

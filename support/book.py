@@ -12,12 +12,15 @@ import io
 import json
 import math
 import os
+import sys
 import zipfile
 
 import torch
 
+import support
 import toy_data
-from support import machine, pictures
+from support import machine
+from support.machine import stop
 
 try:
     import fcntl
@@ -27,25 +30,30 @@ except ImportError:                            # not on Windows
 
 # --- Refusals -------------------------------------------------------------------------------------
 
-def stop(sentence):
-    """Ends the program with one sentence for its user. Of several processes the first speaks."""
-    raise SystemExit(f"train.py: {sentence}" if machine.rank() == 0 else 1)
-
-
 @contextlib.contextmanager
 def one_sentence():
     """What the machine cannot do arrives as one sentence. Other errors are ours and pass."""
+    # A folder's name may have letters that the terminal does not know.
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
+        support.end_beginning()
         yield
     except KeyboardInterrupt:
-        stop("interrupted; what was saved is whole, go on with --resume")
+        stop("interrupted; what was saved is whole, and a run that has a checkpoint.pt goes on "
+             "with --resume")
     except OSError as error:
-        stop(f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}")
+        name = error.filename or "a file or the standard output"
+        stop(f"{name} cannot be read or written: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
+        if machine.lost_the_others(error):
+            stop("another process of the run has ended; what was saved is whole, go on with "
+                 "--resume")
         if not out_of_memory(error):
             raise
         stop("out of memory; set --chunk first (0 is a whole step; others change a result by "
-             "rounding at most), then lower --batch, --eval_images or --width")
+             "rounding at most), then lower --batch, --roots, --eval_images or --width")
 
 
 def out_of_memory(error):
@@ -97,13 +105,17 @@ def parse(arguments, Settings, presets, description):
     parser = Parser("train.py", description)
     parser.add_argument("--preset", choices=("auto", "cpu", "gpu", "tiny"), default=None,
                         help="auto (default): gpu where CUDA is, else cpu")
-    parser.add_argument("--out", default="", help="folder of the run (default runs/MODEL-SEED)")
+    parser.add_argument("--out", default=argparse.SUPPRESS,
+                        help="folder of the run (default runs/MODEL-SEED)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for field in dataclasses.fields(Settings):
         parser.add_argument("--" + field.name, type=field.type, default=argparse.SUPPRESS,
                             metavar=field.type.__name__.upper(), help=help_of(field, presets))
     typed = vars(parser.parse_args(arguments))
-    preset, out, resume = typed.pop("preset"), typed.pop("out"), typed.pop("resume")
+    for name in ("out", "init"):               # as of a variable of the shell that is not set
+        if typed.get(name) == "":
+            stop(f"--{name} is empty: it must name a {'folder' if name == 'out' else 'checkpoint'}")
+    preset, out, resume = typed.pop("preset"), typed.pop("out", ""), typed.pop("resume")
 
     decided = preset not in (None, "auto")
     if not decided:
@@ -120,7 +132,7 @@ def parse(arguments, Settings, presets, description):
 
 
 def parse_sample(arguments):
-    """Flags to (captions, tokens, checkpoint, picture, settings to change in the checkpoint's)."""
+    """Flags to (captions, tokens, checkpoint, out, settings to change in the checkpoint's)."""
     parser = Parser("train.py sample", "Draw what captions say.")
     parser.add_argument("captions", nargs="+",
                         help='such as "macro red striped circle top left on white"')
@@ -136,10 +148,6 @@ def parse_sample(arguments):
         tokens = toy_data.tokenize(flags.captions)
     except ValueError as error:
         stop(error)
-    picture = flags.out if os.path.splitext(flags.out)[1] else flags.out + ".png"
-    suffix = os.path.splitext(picture)[1].lstrip(".").lower()
-    if suffix not in pictures.SUFFIXES:
-        stop(f"--out {flags.out} must end in one of {', '.join(sorted(pictures.SUFFIXES))}")
     changes = {"device": flags.device, "seed": flags.seed}
     if flags.device == "cpu":
         changes["precision"] = "float32"       # bfloat16 is very slow on most CPUs
@@ -147,7 +155,7 @@ def parse_sample(arguments):
         changes["guidance"] = flags.guidance
     if flags.model:
         changes["model"] = flags.model
-    return flags.captions, tokens, flags.checkpoint, picture, changes
+    return flags.captions, tokens, flags.checkpoint, flags.out, changes
 
 
 def help_of(field, presets):
@@ -161,19 +169,30 @@ def help_of(field, presets):
 
 # --- Files ----------------------------------------------------------------------------------------
 
-def replace(file, content):
-    """Writes bytes to a file in one move: whatever happens, it is the old one or the new, whole."""
-    unfinished = file + ".tmp"
+@contextlib.contextmanager
+def unfinished(file):
+    """The name to write a file under. It gets its own name in one move, when it is whole.
+
+    Whatever happens, the file is the old one or the new, and nothing else is left.
+    """
+    name = file + ".tmp"
     try:
-        with open(unfinished, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, file)
-    except OSError as error:
+        yield name
+        os.replace(name, file)
+    except BaseException as error:
         with contextlib.suppress(OSError):
-            os.remove(unfinished)
-        raise OSError(error.errno, error.strerror, file)
+            os.remove(name)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, file)
+        raise
+
+
+def replace(file, content):
+    """Writes bytes to a file in one move."""
+    with unfinished(file) as name, open(name, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def save(file, content):
@@ -200,16 +219,24 @@ def restore_run(run, content):
     """Puts what a checkpoint holds into a run that was built for its settings and its step."""
     for name in PLAIN:
         setattr(run, name, content[name])
-    for name in STATES:
-        getattr(run, name).load_state_dict(content[name])
-    run.loss.fill_(content["loss"])
-    run.generator.set_state(content["generator"])
+    try:
+        for name in STATES:
+            getattr(run, name).load_state_dict(content[name])
+        run.loss.fill_(content["loss"])
+        run.generator.set_state(content["generator"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        stop("the checkpoint does not fit its own settings: it was changed, or is of another "
+             "version of torch")
     if run.products is not None:
         run.plan_the_finetuning()
 
 
 def load(file, Settings, form):
     """(settings, content) of a checkpoint of this form. Stops if it is missing or damaged."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        stop(f"the checkpoint {file} cannot be read: it is no file")   # a pipe would never end
     try:
         # Torch writes a checksum for each tensor, but does not look at it when it loads one.
         with zipfile.ZipFile(file) as archive:
@@ -218,9 +245,12 @@ def load(file, Settings, form):
         content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         stop(f"the checkpoint {file} cannot be read: {error.strerror}")
-    except Exception:                          # torch.load raises many types for a damaged file
+    except Exception as error:                 # torch.load raises many types for a damaged file
+        if out_of_memory(error):
+            raise
         stop(f"{file} is not a checkpoint, or only a part of one")
-    whole = isinstance(content, dict) and {"settings", "model", "ema"} <= content.keys()
+    needed = {"settings", "loss", "generator", *PLAIN, *STATES}
+    whole = isinstance(content, dict) and needed <= content.keys()
     if not whole or content.get("format") != form:
         stop(f"{file} is not a checkpoint of this version of train.py")
     try:
@@ -296,6 +326,8 @@ def owned(folder):
 
     Where the system has no such locks (Windows, some network drives) nobody keeps watch.
     """
+    if not os.path.isdir(folder):
+        stop(f"there is no run in {folder}: its checkpoint.pt cannot be read")
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import threading
 from typing import NamedTuple
 
 import torch
@@ -222,20 +223,26 @@ def average(ema, model, decay):
 
 @contextlib.contextmanager
 def finishing_the_step():
-    """Within, Ctrl-C stops nothing at once. It fills the list, which a loop reads after a step."""
+    """Within, Ctrl-C stops nothing at once. It fills the list, which a loop reads after a step.
+
+    A second Ctrl-C does not wait for the step. Torchrun stops its processes in its own way, and
+    only the main thread hears of Ctrl-C.
+    """
     interrupts = []
-    if processes() > 1:                        # torchrun stops its processes in its own way
+    if processes() > 1 or threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
 
     def note(*_):
+        if interrupts:
+            raise KeyboardInterrupt
         interrupts.append(True)
 
     previous = signal.signal(signal.SIGINT, note)
     try:
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
 
 
 # --- Several processes, started by torchrun -------------------------------------------------------
@@ -243,23 +250,38 @@ def finishing_the_step():
 # Every process samples the whole batch with the same random numbers and trains on its share of it.
 # Gradients are averaged, so that together they make the step that one process would make.
 
+def started_by_torchrun():
+    """Whether the environment says what torchrun says. Other programs set RANK alone."""
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
 def join_the_others(device):
     """Called once at the start. Does nothing unless torchrun started this process."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    if not started_by_torchrun() or dist.is_initialized():
         return
     if device == "cuda":
         if not torch.cuda.is_available():
             return                             # build() refuses this in one sentence
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(own)
-        dist.init_process_group("nccl", device_id=own)
+        how = {"backend": "nccl", "device_id": own}
     else:
-        dist.init_process_group("gloo")
+        how = {"backend": "gloo"}
+    try:
+        dist.init_process_group(**how)
+    except (ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        stop(f"the processes do not find each other ({why}); torchrun starts them")
 
 
-def leave_the_others():
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@contextlib.contextmanager
+def leaving_the_others():
+    """At its end, however it comes, this process belongs to no group any more."""
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def processes():
@@ -271,7 +293,29 @@ def rank():
     """This process's number, from 0. Only process 0 measures, writes and speaks."""
     if dist.is_initialized():
         return dist.get_rank()
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ["RANK"]) if started_by_torchrun() else 0
+
+
+def stop(sentence):
+    """Ends the program with one sentence for its user. Of several processes the first speaks."""
+    raise SystemExit(f"train.py: {sentence}" if rank() == 0 else 1)
+
+
+def lost_the_others(error):
+    """Whether an error says that another process has ended: in gloo's or NCCL's wording."""
+    wordings = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    return dist.is_initialized() and any(wording in str(error) for wording in wordings)
+
+
+def check_shares(run):
+    """Stops if a step that is left has fewer images than there are processes."""
+    s = run.settings
+    sizes = [len(views) for views, _ in run.plan]
+    if run.step < s.pretrain_steps:
+        sizes.append(s.batch)
+    if sizes and min(sizes) < processes():
+        stop(f"a step of {min(sizes)} images has none for some of the {processes()} processes: "
+             "start fewer of them, or set a larger --batch or --tuples")
 
 
 def wait_for_the_others():

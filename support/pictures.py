@@ -3,13 +3,16 @@
 They are made without pyplot, so that no window system and no notebook has a say in them.
 """
 
+import os
+
 import torch
 from matplotlib.figure import Figure
 
 import ntk
+from support import book
 
-# How the name of a picture may end.
-SUFFIXES = Figure().canvas.get_supported_filetypes()
+# How the name of a picture may end. (For pgf, matplotlib needs LaTeX.)
+SUFFIXES = set(Figure().canvas.get_supported_filetypes()) - {"pgf"}
 
 # Colours that colour-blind readers tell apart.
 VIEW_COLOURS = {"macro": "#0072b2", "meso": "#e69f00", "micro": "#009e73"}
@@ -19,6 +22,29 @@ KINDS = {"root view": ("black", "-"), "root level": ("black", "--"), "root": ("b
          "view level": ("#d55e00", "-"), "view": ("#d55e00", "--"),
          "level": ("#cc79a7", "-"), "nothing": ("#56b4e9", "-")}
 FINE_TUNING = "optimizer step (vertical line: the fine-tuning begins)"
+
+
+def file_of(out):
+    """The file of a picture; a name without a suffix gets .png. Stops if it cannot be drawn."""
+    file = out if os.path.splitext(out)[1] else out + ".png"
+    if suffix_of(file) not in SUFFIXES:
+        book.stop(f"--out {out!r} must end in one of {', '.join(sorted(SUFFIXES))}")
+    folder = os.path.dirname(file) or "."
+    if not os.path.isdir(folder):
+        book.stop(f"{file} cannot be written: there is no folder {folder}")
+    if os.path.isdir(file):
+        book.stop(f"{file} cannot be written: it is a folder")
+    return file
+
+
+def suffix_of(file):
+    return os.path.splitext(file)[1].lstrip(".").lower()
+
+
+def save(figure, file, dpi):
+    """A picture that fails leaves no half of it behind."""
+    with book.unfinished(file) as name:
+        figure.savefig(name, format=suffix_of(file), dpi=dpi)
 
 
 def show(axis, images):
@@ -42,7 +68,7 @@ def draw_samples(columns, title, file):
         first_caption = entries[0][0]
         column[0].set_title(f"{head}\n{first_caption}", fontsize=14)
     figure.suptitle(title, fontsize=18)
-    figure.savefig(file, dpi=80)
+    save(figure, file, dpi=80)
 
 
 def draw_captions(captions, images, file):
@@ -52,7 +78,7 @@ def draw_captions(captions, images, file):
     for axis, several, caption in zip(axes[:, 0], images, captions):
         show(axis, several)
         axis.set_title(caption, fontsize=14)
-    figure.savefig(file, dpi=110)
+    save(figure, file, dpi=110)
 
 
 # --- Curves ---------------------------------------------------------------------------------------
@@ -76,7 +102,7 @@ def draw_curves(log, s, file):
     above.set_title("The loss stays above its floor (dotted)", fontsize=16)
     below.set_title("What a better network could still remove", fontsize=16)
     figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}", fontsize=16)
-    figure.savefig(file, dpi=80)
+    save(figure, file, dpi=80)
 
 
 def draw_validation(above, below, log, view, colour):
@@ -116,7 +142,7 @@ def draw_probe(rows, s, file):
     figure.colorbar(shown, ax=matrix, label="cosine (negative: the two conflict)")
     figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}: the interaction matrix of"
                     f" {s.probe} roots of the target domain", fontsize=18)
-    figure.savefig(file, dpi=70)
+    save(figure, file, dpi=70)
 
 
 def draw_kinds(axis, rows, measure, title):

@@ -82,15 +82,64 @@ def sample_images(model, tokens, s, generator):
     return fm.sample(machine.in_precision(model, s), tokens, noise, s.sample_steps, s.guidance)
 
 
-def say_what_was_never_trained(captions, s):
+def draw_captions(model, s, captions, tokens, picture):
+    """Four samples of each caption, in a picture."""
+    tokens = tokens.repeat_interleave(4, 0).to(s.device)
+    images = sample_images(model, tokens, s, machine.seeded(s, 0)).unflatten(0, (-1, 4))
+    try:
+        pictures.draw_captions(captions, images, picture)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        book.stop(f"{picture} could not be drawn ({in_one_line(error)})")
+    print(f"four samples of each caption are in {picture}")
+
+
+def in_one_line(error):
+    """What an error says first."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def not_taught(words, s, step):
+    """What a caption of the grammar asks for that the last phase had not; "" if nothing.
+
+    A fine-tuned network forgets what it was pretrained on.
+    """
+    phase, domain, views = "pretraining", "base", pretraining_views(s)
+    if step > s.pretrain_steps:
+        phase, domain = "fine-tuning", "target"
+        views = ("macro",) if sga.ARMS[s.arm].whole else VIEWS
+    shapes, textures, backgrounds = toy_data.DOMAINS[domain]
+    names = list(toy_data.BACKGROUNDS)
+    new = {*toy_data.SHAPES[shapes:], *toy_data.TEXTURES[textures:], *names}
+    new -= {names[background] for background in backgrounds}
+    objects = 2 if {"of", "above", "below"}.intersection(words) else 1
+    if words[0] == "macro" and objects != s.objects:
+        return f"names objects: {objects}, and the scenes of the {phase} had {s.objects} each"
+    if words[0] not in views:
+        return f"is {words[0]}, and no view of the {phase} was"
+    unknown = [word for word in words if word in new]
+    return f"has the word {unknown[0]!r}, and no image of the {phase} had it" if unknown else ""
+
+
+def say_what_was_never_trained(captions, s, step=math.inf):
     """One sentence for each request that the network can answer with a guess only."""
     for caption in captions:
-        wrong = toy_data.grammar_error(caption)
+        wrong, lacking = toy_data.grammar_error(caption), ""
+        if not caption.split():                # the null caption, which guidance needs too
+            wrong = "" if s.caption_dropout else "the null caption was never trained"
+        elif not wrong:
+            lacking = not_taught(caption.split(), s, step)
+        if lacking:
+            wrong = f"the caption {caption!r} {lacking}"
         if wrong:
-            print(f"train.py: {wrong}; it is drawn all the same, but no image taught it")
+            print(f"train.py: {wrong}; it is drawn all the same")
     if s.guidance != 1 and s.caption_dropout == 0:
         print("train.py: the null caption was never trained (--caption_dropout 0), so that "
               "guidance other than 1 is a guess")
+    if s.caption_dropout == 1:
+        print("train.py: no caption was ever trained (--caption_dropout 1), so that none is "
+              "followed")
 
 
 def wilson(share, n, z=1.96):
@@ -386,7 +435,8 @@ def draw_all(run, pretrained, folder):
         try:
             draw(os.path.join(folder, name))
         except Exception as error:
-            print(f"train.py: {name} could not be drawn ({error}); report.json is whole")
+            print(f"train.py: {name} could not be drawn ({in_one_line(error)}); report.json is "
+                  "whole")
 
 
 def sample_columns(pretrained, finetuned, s):

@@ -62,7 +62,9 @@ def sga_or_baseline():
     for wanted in ("dit", "unet"):
         first = next(own for (model, _), own in gaps.items() if model == wanted)
         words.append("lower" if max(first) < 0 else "higher" if min(first) > 0 else "open")
-    figures = told(gaps, "error of SGA minus that of the baseline, by seed")
+    # Of the U-Net's second base, these arms were begun and not completed.
+    complete = {start: found for start, found in gaps.items() if len(found) >= 3}
+    figures = told(complete, "error of SGA minus that of the baseline, by seed")
     return words, figures, ["lower", "higher", "open"]
 
 

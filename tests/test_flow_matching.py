@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
@@ -218,6 +219,37 @@ def test_float32_is_as_exact_as_float64(t, own):
     assert near(fm.exact_velocity(x, t, points).double(), u_star, within=8 * EPS32)
     # It is not decided already which of the points it was.
     assert w.max(1).values.min() < 0.99
+
+
+def test_the_floor_of_far_images_is_not_that_of_rounding():
+    """Eq. 5 of the same numbers in both types, at a small t: 0 where there is one image."""
+    t, far = 2.0**-10, 1e4
+    x0 = (far + rand(8, 12)).float()
+    e = rand(8, 12, seed=1).float()
+    # The next float32: near 1e4 it is 2^-10 away, which is t.
+    other = x0[0] + t * (torch.arange(12) == 0)
+    one, two = x0[:1], torch.stack([x0[0], other])
+    same = x0[:1].expand(8, 12)
+    assert fm.loss_floor(same, e, t, one).max() < 1e-6
+    exact = fm.loss_floor(same.double(), e.double(), t, two.double())
+    assert exact.max() > 0.01
+    assert near(fm.loss_floor(same, e, t, two).double(), exact, within=8 * EPS32)
+    # The twin: Eq. 5 as it is written, in float32.
+    u_star = fm.exact_velocity(fm.path(same, e, t), t, one)
+    assert (fm.target(same, e) - u_star).square().mean(1).max() > 0.01
+
+
+def test_products_that_nearly_cancel_keep_their_digits():
+    """Eq. 8: long vectors at right angles, of which float32 makes more than rounding."""
+    a, b = 300 * rand(1, 768), 300 * rand(1, 768, seed=1)
+    b = b - a * (a * b).sum() / (a * a).sum()
+    u_g = torch.stack([a, b], 1).float()               # (1, 2, 768)
+    delta = u_g[0].double()
+    product = (delta @ delta.T)[0, 1]
+    found = fm.data_interaction_matrix(torch.zeros(1, 768), u_g)[0, 0, 1]
+    assert abs(found - product) < 1e-3 * abs(product)
+    twin = (u_g[0] @ u_g[0].T)[0, 1]
+    assert abs(twin - product) > 1e-2 * abs(product)
 
 
 def test_a_sample_far_from_the_origin_is_no_less_exact():
@@ -493,9 +525,22 @@ def test_the_last_term_of_equation_9_has_no_network_in_it(toy):
     assert not near(torch.func.grad(groups_alone)(v), gradient, within=1e-3)
 
 
+def test_a_group_that_never_occurs_is_named_as_such(toy):
+    x_t, t, _, points, _ = toy
+    pi = torch.ones(18)
+    pi[3] = 0
+    lone = (torch.arange(18) == 3).long()
+    with pytest.raises(ValueError, match="each group must have a point whose weight"):
+        fm.group_velocities(x_t, t, points, lone, pi)
+    shared = torch.arange(18) // 9                      # twin: others of its group do occur
+    assert fm.group_velocities(x_t, t, points, shared, pi)[0].isfinite().all()
+
+
 NOT_A_PARTITION = {"too few": torch.zeros(17, dtype=torch.long),
                    "gaps": torch.arange(18) * 2,
                    "from -1 on": torch.arange(18) - 1,
+                   "halves": torch.arange(18) / 2,
+                   "nan": torch.full((18,), math.nan),
                    "a column": torch.zeros(18, 1, dtype=torch.long)}
 
 
@@ -589,8 +634,12 @@ def test_samples_of_one_number_each_are_samples():
 def answer(*shape):
     """A network, or a velocity, that answers with ones of this shape."""
     def network(*arguments):
-        return torch.ones(*shape)
+        return torch.ones(shape)
     return network
+
+
+def nothing(*arguments):
+    """A network that answers nothing."""
 
 
 def guide(model, tokens, scale=1.0):
@@ -635,6 +684,34 @@ MISFITS = {
     "no weight at all": (fm.exact_velocity, x2, 0.5, x3, [0, 0, 0]),
     "a group without weight": (fm.group_velocities, x2, 0.5, x3, [0, 0, 1], [1, 1, 0]),
     "a floor of one noise": (fm.loss_floor, x2, x1, 0.5, x3),
+    "an answer that is none": (fm.loss, nothing, zeros, zeros, 0.5, None),
+    "a velocity that is none": (fm.heun, nothing, x2, [1, 0]),
+    "guidance with no answer": (guide, nothing, torch.ones(2, 4), 2.0),
+    "guidance with an odd answer": (guide, answer(5, 3), torch.ones(2, 4), 2.0),
+    "guidance with one number": (guide, answer(), torch.ones(2, 4), 2.0),
+    "a guided answer for one": (fm.guided(answer(1, 3), torch.ones(1, 2), 2.0), x1, 0.5),
+    "guidance with a list": (guide, answer(4, 3), [[1], [2]], 2.0),
+    "captions for one": (fm.residual, answer(2, 3), x2, x2, 0.5, torch.ones(1, 4)),
+    "a caption for none": (fm.loss, answer(2, 3), x2, x2, 0.5, zero),
+    "a word for t": (fm.path, x2, x2, "a"),
+    "nothing for t": (fm.posterior, x2, None, x3),
+    "ragged t": (fm.path, x2, x2, [[0.1], [0.2, 0.3]]),
+    "a noise that is a number": (fm.path, x2, 0.0, 0.5),
+    "half precision": (fm.euler, answer(2, 3), x2.bfloat16(), [1, 0]),
+    "samples in a list": (fm.target, [[1.0]], [[2.0]]),
+    "whole numbers that wrap around": (fm.target, x2.byte() + 1, x2.byte()),
+    "samples of no numbers": (fm.posterior, torch.zeros(2, 0), 0.5, torch.zeros(4, 0)),
+    "Euler from whole numbers": (fm.euler, answer(2, 3), x2.long(), [1, 0.5, 0]),
+    "Heun from a number": (fm.heun, answer(2, 3), zero, [1, 0]),
+    "a time that is a word": (fm.euler, answer(2, 3), x2, "10"),
+    "noise of whole numbers": (fm.sample, answer(2, 3), None, x2.long(), 2),
+    "points in a list": (fm.exact_velocity, x2, 0.5, [[0.0, 0.0, 0.0]]),
+    "a weight that is a word": (fm.posterior, x2, 0.5, x3, ["a", "b", "c"]),
+    "a weight that is infinite": (fm.posterior, x2, 0.5, x3, [1, 1, math.inf]),
+    "one row without weight": (fm.posterior, x2, 0.5, x3, [[1, 1, 1], [0, 0, 0]]),
+    "groups of words": (fm.group_velocities, x2, 0.5, x3, ["a", "b", "b"]),
+    "no groups": (fm.group_velocities, x2, 0.5, x3, None),
+    "a velocity in a list": (fm.data_interaction_matrix, [[1.0]], torch.zeros(1, 1, 1)),
     "groups of other samples": (fm.data_interaction_matrix, x2, torch.zeros(3, 4, 3)),
     "groups without an axis": (fm.data_interaction_matrix, x2, x2),
 }
@@ -653,6 +730,9 @@ def test_what_fits_is_not_refused():
     """The twin of the misfits; and no sample at all."""
     none = torch.zeros(0, 3)
     assert guide(answer(4, 3), torch.ones(2, 4), 2).shape == (2, 3)
+    assert guide(answer(4, 3), torch.ones(2, 4), np.float32(2)).shape == (2, 3)
+    assert guide(answer(2, 3), ["a", "b"]).shape == (2, 3)              # a network's own captions
+    assert fm.sample(answer(2, 3), None, x2, np.int64(2)).shape == (2, 3)
     assert fm.euler(answer(2, 3), x2, [1, 0]).shape == (2, 3)
     assert fm.posterior(x2, 0.5, x3, [1, 2, 0]).shape == (2, 3)
     assert fm.posterior(x2, 0.5, x3.double(), torch.ones(2, 3)).dtype == torch.float32

@@ -241,6 +241,20 @@ def test_grey_images_classes_and_no_condition_fit_too(name):
     (lambda: dit.patchify(torch.zeros(1, 3, 8, 9), 4), "patch 4 must divide"),
     (lambda: dit.unpatchify(torch.zeros(1, 6, 48), 4), "a square number P"),
     (lambda: dit.unpatchify(torch.zeros(1, 4, 50), 4), "channels * 16"),
+    (lambda: dit.DiT("20"), "whole numbers of 1 or more"),
+    (lambda: dit.DiT(20, 8, 4, 16.0), "whole numbers of 1 or more"),
+    (lambda: dit.DiT(20, (8, 8)), "whole numbers of 1 or more"),
+    (lambda: unet.UNet(20, 8, 8), "(8,)"),
+    (lambda: unet.UNet(20, 8, "abc"), "whole numbers of 1 or more"),
+    (lambda: dit.patchify(torch.zeros(3, 8, 8), 4), "patch 4 must divide"),
+    (lambda: dit.patchify(torch.zeros(1, 3, 8, 8), 0), "patch 0 must divide"),
+    (lambda: dit.unpatchify(torch.zeros(4, 48), 4), "not (4, 48)"),
+    (lambda: dit.unpatchify(torch.zeros(1, 4, 48), 0), "channels * 0"),
+    (lambda: dit.TimeEncoder(8)(torch.zeros(3, 1)), "t must be (N,), not (3, 1)"),
+    (lambda: dit.TextEncoder(9, 8, 2)(torch.ones(3).long()), "tokens must be (N, L), not (3,)"),
+    (lambda: dit.sinusoid(torch.zeros(3), -2), "width must be even"),
+    (lambda: dit.attend(*torch.zeros(3, 2, 5, 8), 0), "0 heads"),
+    (lambda: dit.attend(*torch.zeros(3, 2, 5, 8), -2), "-2 heads"),
     (lambda: dit.sinusoid(torch.zeros(3), 5), "width must be even"),
     (lambda: dit.attend(torch.zeros(2, 5, 8), torch.zeros(1, 7, 8), torch.zeros(1, 7, 8), 4),
      "(2, 5, 8), (1, 7, 8), (1, 7, 8)"),
@@ -266,11 +280,54 @@ def test_inputs_that_do_not_fit_are_named(name):
             ((x, t, tokens[0]), "not (5,)"),
             ((x, t, tokens[:, :0]), "not (3, 0)"),
             ((x, t, tokens.float()), "whole numbers"),
+            ((x[:0], t[:0], tokens[:0]), "with N from 1 on, not (0, 3, 8, 8)"),
+            (([[0.0]], t, tokens), "not a list"),
+            ((None, t, tokens), "not a NoneType"),
+            ((x.double(), t, tokens), "not torch.float64 and torch.float32"),
+            ((x.half(), t, tokens), "torch.autocast"),
+            ((x.byte(), t, tokens), "not torch.uint8"),
+            ((x, None, tokens), "t must be one number"),
+            ((x, "a", tokens), "t must be one number"),
+            ((x, t, tokens.tolist()), "not a list"),
+            ((x, t, ["a", "b", "c"]), "not a list"),
+            ((x, t, tokens[..., None]), "not (3, 5, 1)"),
             ((x, t, 20 * tokens), "words 0 to 19"),
             ((x, t, -tokens), "words 0 to 19")):
         with pytest.raises(ValueError) as error:
             model(*inputs)
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_of_half_precision_are_refused_in_one_sentence(name):
+    """A time of 1000 t has more digits than they hold; autocast keeps those."""
+    x, tokens = torch.zeros(2, 3, 8, 8), torch.ones(2, 5, dtype=torch.long)
+    for kind in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match="torch.autocast"):
+            NETWORKS[name]().to(kind)(x.to(kind), 0.5, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert NETWORKS[name]()(x, 0.5, tokens).shape == x.shape
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_double_t_or_a_list_is_a_t(name, batch):
+    torch.manual_seed(0)
+    model = woken(NETWORKS[name]())
+    x, t, tokens = batch
+    x = x.float()
+    assert torch.equal(model(x, t, tokens), model(x, t.float(), tokens))
+    assert torch.equal(model(x, t.tolist(), tokens), model(x, t.float(), tokens))
+
+
+def test_one_condition_for_all_samples_is_refused():
+    words, x = torch.zeros(3, 2, 8), torch.zeros(3, 8, 4, 4)
+    for condition in (torch.zeros(1, 8), torch.zeros(8), torch.zeros(3, 1, 8)):
+        with pytest.raises(ValueError, match="a row for each of the 3 samples"):
+            dit.Block(8, 2)(torch.zeros(3, 4, 8), words, condition)
+        with pytest.raises(ValueError, match="a row for each of the 3 samples"):
+            unet.Level(8, 8, 8, 2)(x, words, condition)
+    assert dit.Block(8, 2)(torch.zeros(3, 4, 8), words, torch.zeros(3, 8)).shape == (3, 4, 8)
+    assert unet.Level(8, 8, 8, 2)(x, words, torch.zeros(3, 8)).shape == x.shape
 
 
 @pytest.mark.parametrize("module", [dit, unet])

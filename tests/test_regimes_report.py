@@ -1,12 +1,15 @@
 """The tables and figures of the second study: right for rows whose effects are known."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 import sga
-from results import regimes, regimes_report, step_noise, yardsticks
+from results import (
+    regimes, regimes_quotes, regimes_report, step_noise, study_quotes, yardsticks)
+from test_study import changed, unchecked
 
 SEEDS = (1, 2, 3)
 
@@ -128,3 +131,60 @@ def test_an_ingredient_has_the_expected_gradient_that_the_table_says(name):
     else:
         assert gradient == "no"
     assert spread_of_weights(sga.ARMS["baseline"]) < 0.15
+
+
+# --- The page and the committed rows --------------------------------------------------------------
+
+PAGE = (regimes.ROOT / "results/README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return regimes.read_rows()
+
+
+def test_the_committed_runs_are_paired_and_see_as_many_tuples(committed):
+    keys = {regimes.key_of(row) for row in committed}
+    assert len(keys) == len(committed) > 0
+    baselines = {key for key in keys if key[2] == "baseline"}
+    for row in committed:
+        regime, model, arm, seed, rate = regimes.key_of(row)
+        assert (regime, model, "baseline", seed, rate) in baselines
+        s = regimes.settings_of(regime, model, arm, seed, rate)
+        assert row["settings"] == dataclasses.asdict(s)
+
+
+def test_the_rates_of_the_committed_runs_are_the_chosen_ones(committed):
+    for row in committed:
+        if row["seed"] != regimes.CHOOSING_SEED:
+            chosen = regimes.chosen_rate(committed, row["regime"], row["model"])
+            assert row["rate"] == chosen
+
+
+def test_the_committed_tables_are_those_of_the_committed_rows(committed):
+    tables = regimes_report.tables(committed) + "\n"
+    assert regimes_report.TABLES.read_text(encoding="utf-8") == tables
+    for model in regimes.MODELS:
+        assert "\n".join(regimes_report.mechanism_table(committed, model)) in PAGE
+    for name in (*regimes_report.FIGURES, "step_noise.png"):
+        assert f"({name})" in PAGE and (regimes.ROOT / "results" / name).exists()
+
+
+def test_the_fit_follows_the_predicted_noise_of_the_four_ways_to_meet(committed):
+    """The page says so."""
+    table = regimes_report.table_of(committed, "paper", "dit")
+    noises, fits = [], []
+    for arm in ("tuple", "tuple_max", "stratified", "quiet"):
+        noises.append(regimes_report.mean(regimes_report.predicted_noises(table, arm)))
+        fits.append(regimes_report.mean(regimes_report.effects(table, arm, "fit")))
+    assert noises == sorted(noises, reverse=True) and fits == sorted(fits, reverse=True)
+
+
+def test_the_numbers_on_the_page_are_those_of_the_committed_rows(committed):
+    sentences = regimes_quotes.sentences(committed, step_noise.read_rows())
+    assert study_quotes.missing(PAGE, sentences) == []
+    flat = " ".join(PAGE.split())
+    for sentence in sentences:
+        twin = flat.replace(sentence, changed(sentence))
+        assert sentence in study_quotes.missing(twin, sentences)
+    assert unchecked(PAGE, sentences) == set()

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,10 @@ def test_the_enlargement_has_a_limit():
     ({"micro": (0, 9, 9, 0)}, "empty"),
     ({"micro": (0, math.nan, 9, 9)}, "empty"),
     ({"micro": (0, 9, 9)}, "x0, y0, x1, y1"),
+    ({"micro": torch.zeros(1, 4)}, "x0, y0, x1, y1"),
+    ({"meso": "abcd"}, "must be numbers"),
+    ({"meso": None}, "must be numbers"),
+    ([MESO], "must be a dict"),
 ])
 def test_bad_boxes_are_named(boxes, word):
     with pytest.raises(ValueError, match=word):
@@ -99,8 +105,24 @@ def test_bad_boxes_are_named(boxes, word):
 def test_bad_images_and_sizes_are_named():
     with pytest.raises(ValueError, match=r"\(3, H, W\)"):
         sga.decompose(torch.zeros(4, 4), {}, "x", 20)
-    with pytest.raises(ValueError, match="1 pixel or more"):
-        granularities({}, pixels=0)
+    # The shape of other libraries, an image of nothing, and no tensor.
+    for wrong in (torch.zeros(40, 60, 3), torch.zeros(3, 0, 0), [[0.0]]):
+        with pytest.raises(ValueError, match=r"\(3, H, W\)"):
+            sga.decompose(wrong, {}, "x", 20)
+    for pixels in (0, 8.5, math.nan, "8"):
+        with pytest.raises(ValueError, match="1 pixel or more"):
+            granularities({}, pixels=pixels)
+    with pytest.raises(ValueError, match="the caption a text"):
+        sga.decompose(image(), {}, None, 20)
+
+
+@pytest.mark.parametrize("limits", [
+    {"largest_iou": math.nan}, {"largest_iou": -1}, {"smallest": math.nan}, {"smallest": -1},
+    {"enlargement": math.nan}, {"enlargement": 0}])
+def test_a_limit_that_no_box_passes_is_refused(limits):
+    with pytest.raises(ValueError, match="limits of a box"):
+        granularities({"meso": MESO}, **limits)
+    assert granularities({"meso": MESO}, largest_iou=math.inf, enlargement=math.inf) == [0, 1]
 
 
 # --- Tuples ---
@@ -176,11 +198,14 @@ def test_root_tuples_are_the_batches_of_a_loader():
         assert torch.equal(granularity, GRANULARITY[ROOT == root[0]])
 
 
-@pytest.mark.parametrize("root", [[], torch.zeros(0, dtype=torch.long), ROOT[:, None],
+@pytest.mark.parametrize("root", [[], [0.5], torch.zeros(0, dtype=torch.long), ROOT[:, None],
                                   ROOT.double(), torch.tensor(3)])
 def test_tuples_of_nothing_are_refused(root):
     with pytest.raises(ValueError, match="root must be whole numbers"):
         sga.root_tuples(root, seeded())
+    for words in (None, "abc", ["a"], {0: 1}):
+        with pytest.raises(ValueError, match="root must be"):
+            sga.root_tuples(words, seeded())
     assert in_words(sga.root_tuples([7], seeded())) == [[0]]
 
 
@@ -191,6 +216,19 @@ def test_views_without_a_label_do_not_trade():
     with pytest.raises(ValueError, match="labels must be whole numbers"):
         sga.traded(tuples, [], seeded())
     assert sga.traded([], GRANULARITY, seeded()) == []
+    for wrong in (torch.tensor([-1]), torch.tensor([10])):
+        with pytest.raises(ValueError, match="views 0 to 9"):
+            sga.traded([wrong], GRANULARITY, seeded())
+        with pytest.raises(ValueError, match="views 0 to 9"):
+            sga.in_conflict([wrong], torch.eye(10))
+        with pytest.raises(ValueError, match="views 0 to 9"):
+            sga.whole_scenes(wrong, ROOT, GRANULARITY)
+        with pytest.raises(ValueError, match="views 0 to 9"):
+            sga.one_sga_step(None, None, None, rand(10, 3), rand(10, 1), GRANULARITY, [wrong],
+                             None)
+    for wrong in ([torch.tensor([0.5])], [torch.tensor(0)], [torch.tensor([[0]])]):
+        with pytest.raises(ValueError, match="numbers of its views"):
+            sga.traded(wrong, GRANULARITY, seeded())
 
 
 # --- Weights and the deferred step ---
@@ -213,10 +251,21 @@ def test_weights_of_both_scalings():
     (([],), "1 tuple or more"),
     (([1.5],), "1 tuple or more"),
     ((3,), "1 tuple or more"),
+    (("abc",), "must be whole numbers"),
+    ((None,), "must be whole numbers"),
+    (([3], "view", math.nan), "1 to nan views"),
+    (([3], "view", 3.5), "1 to 3.5 views"),
 ])
 def test_bad_weights_are_named(arguments, word):
     with pytest.raises(ValueError, match=word):
         sga.tuple_weights(*arguments)
+
+
+def test_small_types_have_room_for_the_weights():
+    sizes = torch.full((90,), 3, dtype=torch.uint8)
+    a = sga.tuple_weights(sizes)
+    assert near(a, torch.full((270,), 1 / 270).double(), FLOAT32)
+    assert (90 * sizes).max() < 20                      # twin: 270 is 14 in eight bits
 
 
 def any_resolution():
@@ -286,6 +335,12 @@ def test_a_step_of_nothing_and_losses_that_do_not_fit_are_refused():
         sga.deferred_backward(column, [])
     with pytest.raises(ValueError, match="do not fit weights"):
         sga.deferred_backward(column, [((torch.ones(3),), torch.ones(3))])
+    for a in (0.5, [0.5] * 3, torch.tensor(0.5), torch.ones(3, 1), torch.ones(1)):
+        with pytest.raises(ValueError, match="do not fit weights"):
+            sga.deferred_backward(torch.square, [((torch.ones(3),), a)])
+    for answer in (None, 1.0):
+        with pytest.raises(ValueError, match="do not fit weights"):
+            sga.deferred_backward(lambda x: answer, [((torch.ones(3),), torch.ones(3))])
 
 
 def six_samples():
@@ -456,10 +511,48 @@ def test_the_shift_keeps_the_order_and_the_ends():
     ({"shift": math.nan}, "shift must be positive"), ({"shift": math.inf}, "finite"),
     ({"std": -1.0}, "not negative"), ({"std": math.nan}, "not negative"),
     ({"mean": math.nan}, "finite mean"),
+    ({"shift": 1e300}, "finite"), ({"mean": 1e300, "std": 1e300}, "finite mean"),
+    ({"mean": torch.zeros(3)}, "one number each"), ({"shift": "1"}, "one number each"),
+    ({"std": torch.ones(3)}, "one number each"), ({"mean": None}, "one number each"),
+    ({"offsets": (math.nan, 0, 0)}, "offsets must be finite"),
+    ({"offsets": (math.inf, 0, 0)}, "offsets must be finite"),
+    ({"offsets": ()}, "offsets must be finite"), ({"offsets": None}, "offsets must be finite"),
+    ({"offsets": 0.5}, "offsets must be finite"), ({"offsets": "abc"}, "offsets must be finite"),
+    ({"offsets": [torch.zeros(3)] * 3}, "offsets must be finite"),
+    ({"offsets": torch.zeros(3, 1)}, "offsets must be finite"),
+    ({"offsets": {0: 0.5, 1: None, 2: 0.0}}, "offsets must be finite"),
+    ({"offsets": {"macro": 0.5}}, "labels must be whole numbers, not 'macro'"),
 ])
 def test_a_law_of_t_that_is_none_is_refused(settings, word):
     with pytest.raises(ValueError, match=word):
         sga.offset_time(torch.arange(3), seeded(), **settings)
+
+
+@pytest.mark.parametrize("gamma", [0, -1, math.nan, math.inf, "a", None, torch.ones(3)])
+def test_a_gamma_that_is_none_is_refused(gamma):
+    """A negative one would be a negative weight, without a word."""
+    for gammas in ((4, 5, gamma), {0: 4.0, 1: gamma, 2: 5.0}):
+        for form in ("epsilon", "velocity"):
+            with pytest.raises(ValueError, match="gammas must be finite numbers above 0"):
+                sga.min_snr_weight(0.1, torch.zeros(3).long(), gammas, form)
+
+
+def test_offsets_and_gammas_may_be_of_any_kind_of_numbers():
+    labels = torch.arange(3)
+    right = sga.offset_time(labels, seeded()), sga.min_snr_weight(0.1, labels)
+    for kind in (list, torch.tensor, np.array):
+        assert torch.equal(sga.offset_time(labels, seeded(), kind(sga.OFFSETS)), right[0])
+        assert torch.equal(sga.min_snr_weight(0.1, labels, kind(sga.GAMMAS)), right[1])
+    by_label = {np.int64(k): mu for k, mu in enumerate(sga.OFFSETS)}
+    assert torch.equal(sga.offset_time(labels, seeded(), by_label), right[0])
+
+
+def test_half_precision_does_not_lose_a_small_weight():
+    """Eq. 20: in float16 the SNR of t = 0.001 is infinite, and the weight would be 0."""
+    t = torch.tensor([0.001]).half()
+    exact = 4 * (t.double() / (1 - t.double())) ** 2
+    assert near(sga.min_snr_weight(t, [0]).double() / exact, torch.ones(1).double(), FLOAT32)
+    assert ((1 - t) / t).square().isinf()               # twin
 
 
 def test_weights_begin_to_act_where_snr_is_gamma():
@@ -602,9 +695,31 @@ def test_measured_offsets_of_what_does_not_fit_are_refused():
     for arguments in shapes:
         with pytest.raises(ValueError, match=r"M must be \(N, N\)"):
             sga.measured_offsets(*arguments)
+    values += [(M, granularity + 0.5, t), (M, torch.full((36,), math.nan), t)]
     for arguments in values:
         with pytest.raises(ValueError, match="0 < t < 1"):
             sga.measured_offsets(*arguments)
+    shapes = [(M, granularity, 0.5), (M[:0, :0], granularity[:0], t[:0]), (3.0, 1, 0.5)]
+    for arguments in shapes:
+        with pytest.raises(ValueError, match=r"M must be \(N, N\)"):
+            sga.measured_offsets(*arguments)
+    for M in (M * math.nan, M.float() * 3e38 + 3e38):
+        with pytest.raises(ValueError, match="M must be finite"):
+            sga.measured_offsets(M, granularity, t.to(M))
+
+
+def test_measured_offsets_do_not_depend_on_the_unit_of_the_gradients(monkeypatch):
+    granularity, t = levels_of()
+    G = rand(36, 50).float() + 0.1                                     # (N, P)
+    M, t = G @ G.T, t.float()
+    expected = sga.measured_offsets(M, granularity, t)
+    for scale in (1e-36, 1e-12, 1e12):
+        assert near(sga.measured_offsets(M * scale, granularity, t), expected, 1e-4)
+    other = sga.measured_offsets((M * 1e3).long(), granularity.tolist(), t.tolist())
+    assert near(other, expected, 1e-2)                                 # of other types
+    # The twin: a bound below which all lengths are alike.
+    monkeypatch.setattr(torch, "finfo", lambda kind: SimpleNamespace(tiny=1e-30))
+    assert not near(sga.measured_offsets(M * 1e-36, granularity, t), expected, 1e-2)
 
 
 # --- The arms ---
@@ -733,6 +848,10 @@ def test_a_view_is_a_root_at_a_granularity_and_small_objects_have_no_micro_view(
     root, granularity = sga.all_views(torch.tensor([0.3, 0.1]), 0.2)
     assert root.tolist() == [0, 0, 0, 1, 1] and granularity.tolist() == [0, 1, 2, 0, 1]
     assert len(sga.all_views(torch.tensor([0.3, 0.1]))[0]) == 6
+    assert torch.equal(sga.all_views([0.3, 0.1], 0.2)[0], root)
+    for sizes, smallest in (([0.3, math.nan], 0.2), ([0.3], math.nan), ([[0.3]], 0.2), (0.3, 0.2)):
+        with pytest.raises(ValueError, match="sizes must be"):
+            sga.all_views(torch.tensor(sizes), smallest)
 
 
 def test_a_root_without_a_whole_scene_has_none_to_show():
@@ -758,6 +877,36 @@ def test_a_plan_of_no_tuples_is_refused():
     with pytest.raises(ValueError, match="1 tuple or more"):
         plan("sga", tuples=0)
     assert plan("sga", steps=0) == []
+    for tuples in (0.5, 1.5, math.nan, math.inf, None):
+        with pytest.raises(ValueError, match="1 tuple or more"):
+            plan("sga", tuples=tuples)
+    for steps in (-1, 2.5, math.nan, math.inf):         # inf would go on for ever
+        with pytest.raises(ValueError, match="steps must be a whole number"):
+            plan("sga", steps=steps)
+
+
+def test_a_plan_of_what_does_not_fit_is_refused():
+    for arm in ("sga", sga.Arm(meet="roots"), sga.Arm(join=0), sga.Arm(join=-1), sga.Arm(join=1.5)):
+        with pytest.raises(ValueError, match="the arm must be an Arm"):
+            sga.plan(ROOT, GRANULARITY, arm, 1, 2, 0)
+    for granularity in (GRANULARITY[:3], torch.zeros(11).long()):
+        with pytest.raises(ValueError, match="each view has a root and a granularity"):
+            sga.plan(ROOT, granularity, sga.Arm(), 1, 2, 0)
+        with pytest.raises(ValueError, match="each view has a root and a granularity"):
+            sga.whole_scenes([0], ROOT, granularity)
+    listed = sga.plan(ROOT.tolist(), GRANULARITY.tolist(), sga.Arm(), 1, 2, 0)
+    assert len(listed) == 2
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_gradients_that_are_not_finite_do_not_choose_who_meets(wrong):
+    products = torch.eye(10)
+    products[3, 4] = wrong
+    with pytest.raises(ValueError, match="must be finite"):
+        sga.in_conflict([torch.arange(5), torch.arange(5, 10)], products)
+    for other in (torch.eye(10).long(), torch.eye(10).tolist(), torch.ones(10), torch.eye(9)):
+        with pytest.raises(ValueError, match=r"products must be \(V, V\)"):
+            sga.plan(ROOT, GRANULARITY, sga.ARMS["quiet"], 1, 2, 0, other)
 
 
 def test_the_demo_prints_in_the_order_of_the_derivation(capsys):

@@ -346,7 +346,7 @@ def run_toy_data(watch, toy):
     watch.note_fields(scenes, n=6, k=2)
     with watch.given(toy.sample_scenes, toy.population, n=6, k=2):
         toy.population(toy.sample_scenes(6, generator, "target", objects=2))
-    with watch.given(toy.caption_tokens, toy.view_boxes, toy.coverage, n=6, k=2, p=10):
+    with watch.given(toy.caption_tokens, toy.view_boxes, toy.coverage, toy.choose, n=6, k=2, p=10):
         toy.views(scenes, granularity, 10)
     with watch.given(toy.render, toy.compose, n=6, k=2, p=10):
         images, _ = toy.views(scenes, granularity, 10)
@@ -445,7 +445,7 @@ def run_sga(watch, sga):
     granularity = torch.arange(3).repeat(5)
     with watch.given(sga.decompose, views=1):
         sga.decompose(rand(3, 32, 32), {"meso": (0, 0, 16, 16)}, "caption", 16)
-    with watch.given(sga.root_tuples, sga.traded, V=15):
+    with watch.given(sga.root_tuples, sga.traded, sga._views_of, n=15, V=15):
         sga.traded(sga.root_tuples(root, generator), granularity, generator)
     with watch.given(sga.all_views, R=5, V=15):
         sga.all_views(torch.ones(5))
@@ -453,7 +453,7 @@ def run_sga(watch, sga):
         sga.in_conflict(sga.root_tuples(root, generator), rand(15, 15))
     with watch.given(sga.plan, sga._places_in_conflict, n=6, V=15):
         sga.plan(root, granularity, sga.ARMS["quiet"], 2, 4, 0, rand(15, 15))
-    with watch.given(sga.plan, sga.whole_scenes, R=5, n=6):
+    with watch.given(sga.plan, sga.whole_scenes, R=5, V=15, n=6):
         for name in ("sga", "whole", "baseline"):
             sga.plan(root, granularity, sga.ARMS[name], 2, 4, 0)
     with watch.given(sga._join, n=12):
@@ -466,7 +466,7 @@ def run_sga(watch, sga):
     with watch.given(sga.measured_offsets, N=11, L=4):
         four_levels = torch.arange(11) % 4 / 5 + 0.1
         sga.measured_offsets(rand(11, 11), torch.arange(11) % 3, four_levels)
-    with watch.given(sga.one_sga_step, sga.deferred_backward, n=12):
+    with watch.given(sga.one_sga_step, sga.deferred_backward, V=24, n=12):
         sga.main()                             # its steps have 4 tuples of 3 views
 
 

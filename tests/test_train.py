@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -30,7 +31,7 @@ import train
 from support import book, machine, pictures, report
 
 ROOT = Path(__file__).parent.parent
-CAPTION = "macro red striped circle top left on white"
+CAPTION = "macro red striped circle top left on grey"
 PIXELS = 8
 
 
@@ -276,6 +277,24 @@ def test_control_c_after_the_training_is_one_sentence(tmp_path, finished, monkey
     assert contents(folder) == contents(finished)
 
 
+def test_a_second_control_c_does_not_wait_for_the_step():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), machine.finishing_the_step() as interrupts:
+        interrupt()
+        assert interrupts == [True]                                # the first one waits
+        interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_in_a_thread_is_a_run(tmp_path, finished, only_training):
+    """Only the main thread hears of Ctrl-C; a notebook's widgets start others."""
+    folder = tmp_path / "run"
+    thread = threading.Thread(target=train.main, args=[tiny(folder)])
+    thread.start()
+    thread.join()
+    assert not_as(folder, finished) == []
+
+
 def forget_generator(run):
     run.generator = machine.seeded(run.settings, 0)
 
@@ -467,6 +486,19 @@ def test_a_disk_that_fills_is_one_sentence_and_the_run_goes_on_later(tmp_path, f
     assert not_as(folder, finished) == []
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "full")])
+def test_a_save_that_ends_in_any_way_leaves_no_half_file(tmp_path, error):
+    file = tmp_path / "picture.png"
+    file.write_bytes(b"before")
+    with pytest.raises(type(error)), book.unfinished(str(file)) as name:
+        Path(name).write_bytes(b"half")
+        raise error
+    assert contents(tmp_path) == {"picture.png": b"before"}
+    with book.unfinished(str(file)) as name:                       # the twin
+        Path(name).write_bytes(b"whole")
+    assert contents(tmp_path) == {"picture.png": b"whole"}
+
+
 def test_an_empty_disk_at_the_start_leaves_nothing_behind(tmp_path):
     folder = tmp_path / "run"
     with at_fsync(folder):
@@ -480,7 +512,7 @@ class Wanting:
     def __init__(self, error):
         self.error = error
 
-    def __call__(self, *_):
+    def __call__(self, *_, **__):
         if self.error is None:
             return torch.empty(10**15)
         raise self.error
@@ -495,6 +527,12 @@ def test_memory_that_runs_out_is_one_sentence_that_names_what_to_lower(tmp_path,
     monkeypatch.setattr(fm, "loss", Wanting(error))
     sentence = refused(tiny(tmp_path / "run"), "out of memory", "--chunk", "--batch")
     assert sentence.index("--chunk") < sentence.index("--batch")
+
+
+def test_a_checkpoint_for_which_memory_is_lacking_is_not_called_damaged(monkeypatch, finished):
+    monkeypatch.setattr(torch, "load", Wanting(MemoryError()))
+    sentence = refused(["--resume", "--out", finished], "out of memory")
+    assert "not a checkpoint" not in sentence
 
 
 def test_an_error_of_ours_is_not_taken_for_lack_of_memory(tmp_path, monkeypatch):
@@ -525,6 +563,9 @@ FLAGS = [
     ("--out", "--out"),
     ("--arm best", "--arm best baseline sga"),
     ("--probe 5", "--probe --roots 4 5"),
+    # As of a variable of the shell that is not set.
+    ("--init=", "--init empty"),
+    ("--out=", "--out empty"),
     ("sample", "--checkpoint"),
 ]
 
@@ -553,11 +594,47 @@ def test_of_several_processes_without_a_gpu_the_first_alone_speaks(tmp_path, mon
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("RANK", "0")):
         monkeypatch.setenv(name, value)
     refused(["--preset", "tiny", "--device", "cuda"], "cuda")
+    refused(["--preset", "tiny", "--device", "cpu"], "do not find each other", "MASTER_ADDR")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as refusal:
         train.main(["--preset", "tiny", "--device", "cuda"])
     assert refusal.value.code == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank", ["0", "3", "of a cluster"])
+def test_a_rank_that_another_program_has_set_is_none(monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    machine.join_the_others("cpu")
+    assert machine.rank() == 0 and machine.processes() == 1
+
+
+def test_more_processes_than_images_are_refused_before_the_first_step(tmp_path, monkeypatch):
+    run = train.Run(settings(batch=3, tuples=1))
+    monkeypatch.setattr(machine, "processes", lambda: 3)
+    machine.check_shares(run)                                      # the twin
+    monkeypatch.setattr(machine, "processes", lambda: 4)
+    with pytest.raises(SystemExit, match="a step of 3 images has none for some of the 4"):
+        train.train(run, tmp_path)
+    run.step = run.settings.pretrain_steps                         # no batch of the pretraining
+    run.plan = [(torch.arange(6), torch.ones(6))]
+    machine.check_shares(run)
+
+
+def test_a_process_that_loses_the_others_says_so_and_no_more(monkeypatch):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
+    monkeypatch.setattr(machine.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(machine.dist, "get_rank", lambda: 1)
+    with pytest.raises(SystemExit) as ending, book.one_sentence():
+        raise lost
+    assert ending.value.code == 1                                  # the first process speaks
+    monkeypatch.setattr(machine.dist, "get_rank", lambda: 0)
+    with pytest.raises(SystemExit, match="another process of the run has ended"):
+        with book.one_sentence():
+            raise lost
+    monkeypatch.setattr(machine.dist, "is_initialized", lambda: False)
+    with pytest.raises(RuntimeError, match="closed by peer"), book.one_sentence():
+        raise lost                                                 # the twin: it was alone
 
 
 def test_a_folder_in_use_is_not_touched(tmp_path, finished):
@@ -618,10 +695,14 @@ FOREIGN = {"foreign": {"model": 1}, "tensor": torch.zeros(2),
            "fields": {"format": train.FORMAT, "settings": {}},
            "no settings": {"format": train.FORMAT},
            "version": {"format": train.FORMAT, "settings": {"batches": 4}},
-           "older": {"format": "quadratic geometry of flow matching 2", "settings": {}}}
+           "older": {"format": "quadratic geometry of flow matching 2", "settings": {}},
+           "halves": {"format": train.FORMAT, "settings": {}, "model": {}, "ema": {}}}
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", *DAMAGED, *FOREIGN])
+PIPE = ["pipe"] if hasattr(os, "mkfifo") else []                   # not on Windows
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", *PIPE, *DAMAGED, *FOREIGN])
 def test_bad_checkpoints_are_named(tmp_path, finished, kind):
     file = tmp_path / "checkpoint.pt"
     if kind in DAMAGED:
@@ -631,12 +712,27 @@ def test_bad_checkpoints_are_named(tmp_path, finished, kind):
         torch.save(FOREIGN[kind], file)
     elif kind == "folder":
         file.mkdir()
+    elif kind == "pipe":                                           # nobody will write into it
+        os.mkfifo(file)
     before = list(tmp_path.iterdir())
     picture = tmp_path / "out.png"
     refused(["sample", "--checkpoint", file, "--out", picture, CAPTION], "checkpoint.pt")
     refused(["--resume", "--out", tmp_path], "checkpoint.pt")
     refused(tiny(tmp_path / "new", "--init", file), "checkpoint.pt")
     assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name, value", [
+    ("step", None), ("log", None), ("generator", None), ("optimizer", None), ("loss", "x"),
+    ("optimizer", {}), ("model", {}), ("generator", torch.zeros(3))])
+def test_a_checkpoint_that_was_changed_is_no_traceback(tmp_path, finished, name, value):
+    """None is for what is missing."""
+    content = checkpoint(finished / "checkpoint.pt")
+    content[name] = value
+    if value is None:
+        del content[name]
+    torch.save(content, tmp_path / "checkpoint.pt")
+    refused(["--resume", "--out", tmp_path], "checkpoint")
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, finished):
@@ -739,7 +835,7 @@ def quick_report(monkeypatch, finished):
 def test_a_picture_that_fails_leaves_the_report_whole_and_says_so(tmp_path, capsys, monkeypatch,
                                                                   finished, quick_report, name):
     def failing(*_):
-        raise ValueError("no font")
+        raise ValueError("no font\nof many lines")
 
     def blank(*arguments):
         Path(arguments[-1]).write_bytes(b"a picture")
@@ -766,6 +862,22 @@ def test_an_evaluation_without_a_step_of_fine_tuning_has_its_report(tmp_path, fi
     written = {"checkpoint.pt", "pretrained.pt", "log.csv", "report.json", "samples.png"}
     assert set(contents(folder)) == written
     assert rows(folder) == []
+
+
+def test_what_the_report_needs_is_looked_at_before_the_first_step(tmp_path, half_way, monkeypatch):
+    """A resumed run whose pretrained.pt is lost, or damaged."""
+    steps = []
+    monkeypatch.setattr(train.Run, "train_step", steps.append)
+    for name, damage in (("lost", None), ("damaged", truncated)):
+        folder = tmp_path / name
+        shutil.copytree(half_way, folder)
+        file = folder / "pretrained.pt"
+        good = file.read_bytes()
+        file.unlink()
+        if damage:
+            file.write_bytes(damage(good))
+        refused(tiny(folder, "--resume"), "pretrained.pt")
+    assert not steps
 
 
 def test_fine_tuning_can_start_from_a_pretrained_checkpoint(tmp_path, finished, only_training):
@@ -807,7 +919,7 @@ def program(*arguments, **environment):
 
 
 HOSTILE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
-           "MPLBACKEND": "module://matplotlib_inline.not_installed"}
+           "MPLBACKEND": "of no kind that matplotlib knows"}
 
 
 def torchrun(arguments, environment, printed):
@@ -821,13 +933,13 @@ def torchrun(arguments, environment, printed):
 
 
 def test_a_hostile_environment_costs_nothing(tmp_path, processes):
-    """A notebook's backend that is not installed, an ASCII locale, packages of our names.
+    """A notebook's backend, an ASCII locale, a folder of other letters, packages of our names.
 
     torchrun starts the program, as it would on a machine with one GPU.
     """
     for name in ("results", "support", "train"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('foreign')", encoding="utf-8")
-    folder, printed = tmp_path / "run", tmp_path / "printed"
+    folder, printed = tmp_path / "r\u00fcn \u65e5", tmp_path / "printed"
     steps = ["--pretrain_steps", 1, "--finetune_steps", 1, "--eval_images", 2, "--probe", 0]
     environment = HOSTILE | {"PYTHONPATH": str(tmp_path)}
     process = processes.start(torchrun, tiny(folder, *steps), environment, printed)
@@ -846,20 +958,27 @@ def test_a_refusal_of_the_script_is_its_exit(tmp_path, monkeypatch):
 STAND_IN = """
 import os, signal, time
 print("OMP_WAIT_POLICY is", os.environ["OMP_WAIT_POLICY"], flush=True)
-os.kill(os.getpid(), signal.SIGINT)
-time.sleep(60)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except BaseException:
+    print("torch goes on without one of its libraries")
 """
 
 
 @pytest.mark.parametrize("chosen, policy", [({}, "passive"),
                                             ({"OMP_WAIT_POLICY": "active"}, "active")])
 def test_an_interrupt_during_the_imports_is_no_traceback(tmp_path, monkeypatch, chosen, policy):
-    """A stand-in for torch is interrupted while it is loaded. It knows how threads shall wait."""
+    """A stand-in for torch is interrupted while it is loaded. It knows how threads shall wait.
+
+    Like torch it goes on after an exception in a part of itself.
+    """
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     (tmp_path / "torch.py").write_text(STAND_IN, encoding="utf-8")
     status, said = program(*tiny(tmp_path / "run"), PYTHONPATH=str(tmp_path), **chosen)
     assert status != 0
-    assert "Traceback" not in said
+    assert "Traceback" not in said and "goes on" not in said
+    assert said.endswith("train.py: interrupted before anything was begun\n")
     assert f"OMP_WAIT_POLICY is {policy}" in said
 
 
@@ -1030,19 +1149,51 @@ def test_a_picture_without_a_suffix_is_named_as_it_is_written(tmp_path, capsys, 
     assert last.endswith(str(file))
 
 
-@pytest.mark.parametrize("name", ["drawn.xyz", "drawn.png.zip"])
+@pytest.mark.parametrize("name", ["drawn.xyz", "drawn.png.zip", "drawn.", "drawn.pgf"])
 def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(tmp_path, monkeypatch, finished,
                                                                  name):
     sampled = []
     monkeypatch.setattr(fm, "sample", lambda *arguments: sampled.append(arguments))
     refused(sample(finished, tmp_path / name, CAPTION), name, "png")
+    refused(sample(finished, "", CAPTION), "--out ''", "png")
     assert not sampled
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_in_a_folder_that_is_absent_is_refused(tmp_path, finished):
-    refused(sample(finished, tmp_path / "absent/drawn.png", CAPTION), "absent")
+def test_a_picture_that_has_no_place_is_refused_before_the_work(tmp_path, monkeypatch, finished):
+    monkeypatch.setattr(fm, "sample", Wanting(AssertionError("the work")))
+    refused(sample(finished, tmp_path / "absent/drawn.png", CAPTION), "no folder", "absent")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "drawn.png").mkdir()
+    refused(sample(finished, tmp_path / "drawn.png", CAPTION), "drawn.png", "is a folder")
+    with pytest.raises(AssertionError, match="the work"):          # the twin
+        train.main(sample(finished, tmp_path / "other.png", CAPTION))
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("latex could not be found\nmore"), "drawn.png could not be drawn (latex could"),
+    (OSError(28, "No space left on device"), "drawn.png cannot be read or written: No space"),
+    (KeyboardInterrupt(), "interrupted; what was saved is whole")])
+def test_a_typed_caption_that_cannot_be_drawn_is_one_sentence(tmp_path, monkeypatch, finished,
+                                                              error, said):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", Wanting(error))
+    refused(sample(finished, tmp_path / "drawn.png", CAPTION), said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_letters_that_a_terminal_does_not_know_are_no_traceback(tmp_path, monkeypatch, finished,
+                                                                quick_drawing):
+    file = tmp_path / "\u65e5 \u00fc.png"
+    for _ in range(2):
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", terminal)
+        train.main(sample(finished, file, CAPTION))
+        terminal.flush()
+        said = terminal.buffer.getvalue().decode("ascii")
+        assert "four samples" in said and "\\u65e5 \\xfc.png" in said
+    assert file.exists()
+    with pytest.raises(UnicodeEncodeError):                        # the twin: no change of it
+        io.TextIOWrapper(io.BytesIO(), encoding="ascii").write(str(file))
 
 
 def test_a_caption_with_an_unknown_word_is_refused(tmp_path, finished):
@@ -1087,11 +1238,50 @@ def test_a_caption_of_the_grammar_is_drawn_without_a_warning(tmp_path, capsys, f
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
+def with_settings(folder, source, **changes):
+    """A folder with the checkpoint of a run that has other settings."""
+    content = checkpoint(source)
+    content["settings"] |= changes
+    folder.mkdir(exist_ok=True)
+    torch.save(content, folder / "checkpoint.pt")
+    return folder
+
+
+PAIR = "macro red plain circle left of blue plain square on grey"
+ONLY_WHOLE = {"pretrain_views": "macro", "arm": "whole"}
+
+
+@pytest.mark.parametrize("name, changes, caption, named", [
+    # A caption of the grammar that this network was not taught, and one that it was.
+    ("checkpoint", {}, PAIR, "objects: 2"),
+    ("checkpoint", {"objects": 2}, PAIR, ""),
+    ("checkpoint", {"objects": 2}, CAPTION, "objects: 1"),
+    ("checkpoint", {}, "meso red dotted cross on cyan", ""),
+    ("pretrained", {}, "meso red plain cross on white", "the word 'cross'"),
+    ("pretrained", {}, "micro red dotted on white", "the word 'dotted'"),
+    ("pretrained", {}, "micro red plain on cyan", "the word 'cyan'"),
+    ("pretrained", {}, "micro red plain on white", ""),
+    ("pretrained", {"pretrain_views": "macro"}, "micro red plain on white", "is micro"),
+    ("checkpoint", {"pretrain_views": "macro"}, "micro red plain on grey", ""),
+    ("checkpoint", {}, "micro red plain on white", "the word 'white', and no image of the fine"),
+    ("checkpoint", ONLY_WHOLE, "meso red plain cross on cyan", "is meso"),
+    ("checkpoint", ONLY_WHOLE, "macro red plain cross top left on cyan", ""),
+    # The null caption is taught by dropping captions, and if all are dropped it alone is.
+    ("checkpoint", {}, "", ""),
+    ("checkpoint", {"caption_dropout": 0.0, "guidance": 1.0}, "", "null caption was never"),
+    ("checkpoint", {"caption_dropout": 1.0}, CAPTION, "no caption was ever trained")])
+def test_what_a_network_was_never_taught_is_said(tmp_path, capsys, finished, quick_drawing, name,
+                                                 changes, caption, named):
+    folder = with_settings(tmp_path, finished / f"{name}.pt", **changes)
+    train.main(sample(folder, tmp_path / "x.png", caption))
+    said = capsys.readouterr().out
+    assert named in said
+    assert len(said.splitlines()) == (2 if named else 1)
+
+
 def test_guidance_without_a_null_caption_in_the_training_warns(tmp_path, capsys, finished,
                                                                quick_drawing):
-    content = checkpoint(finished / "checkpoint.pt")
-    content["settings"]["caption_dropout"] = 0.0
-    torch.save(content, tmp_path / "checkpoint.pt")
+    with_settings(tmp_path, finished / "checkpoint.pt", caption_dropout=0.0)
     train.main(sample(tmp_path, tmp_path / "x.png", CAPTION))
     assert "null caption was never trained" in capsys.readouterr().out
     train.main(sample(tmp_path, tmp_path / "x.png", CAPTION, "--guidance", 1))
@@ -1225,7 +1415,7 @@ def test_every_arm_has_the_images_and_the_steps_of_the_baseline(arm, baseline):
     assert report.images_until(run, run.last) - pretraining == sum(sizes)
     for views, a in run.plan:
         assert len(views) == len(a)
-        if arm == "tuple_max":
+        if run.arm.weigh == "view":
             assert torch.allclose(a.double(), torch.tensor(1 / 12).double())
         else:
             assert a.sum().item() == pytest.approx(1)

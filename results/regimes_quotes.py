@@ -1,0 +1,131 @@
+"""The sentences of results/README.md that quote the second study, computed from its rows.
+
+    python results/regimes_quotes.py        # the sentences that no longer stand on the page
+
+As in study_quotes.py: here stands every sentence with numbers, or its part with the numbers, with
+{} in place of each number and the function that computes it from the rows. A test compares them.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+if __name__ == "__main__":
+    # Not this folder first: its tabulate.py would hide a library of that name.
+    sys.path[0] = str(ROOT)
+
+from results import regimes, regimes_report, step_noise  # noqa: E402
+from results.regimes_report import mean, t_interval  # noqa: E402
+from results.study_quotes import missing  # noqa: E402
+
+PAGE = "results/README.md"
+
+
+class Rows:
+    """What is quoted of the rows, as text."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def table(self, regime, model):
+        return regimes_report.table_of(self.rows, regime, model)
+
+    def effect(self, regime, model, arm, yardstick):
+        """An arm's effect with its t interval."""
+        values = regimes_report.effects(self.table(regime, model), arm, yardstick)
+        return interval_text(values, regimes_report.YARDSTICKS[yardstick][1])
+
+    def between(self, model, first, second, yardstick):
+        """The effect of one arm minus that of another, in the paper-like regime."""
+        table = self.table("paper", model)
+        pairs = zip(regimes_report.effects(table, first, yardstick),
+                    regimes_report.effects(table, second, yardstick), strict=True)
+        differences = [one - other for one, other in pairs]
+        return interval_text(differences, regimes_report.YARDSTICKS[yardstick][1])
+
+    def error(self, regime, model):
+        """The baseline's own generalisation error in 1/1000, the mean over the seeds."""
+        rows = self.of(regime, model, "baseline")
+        return f"{1000 * mean(regimes_report.generalisation(row) for row in rows):.0f}"
+
+    def of(self, regime, model, arm):
+        """The rows of an arm, one for each seed."""
+        table = self.table(regime, model)
+        return [row for (name, _), row in table.items() if name == arm]
+
+    def noise(self, model, arm):
+        """The noise of a step over the baseline's, as M predicts it in the paper-like regime."""
+        return f"{mean(regimes_report.predicted_noises(self.table('paper', model), arm)):.2f}"
+
+    def conflict(self, model, arm, checkpoint):
+        """The share of conflicting pairs in an arm's probe, at its start (0) or end (-1)."""
+        rows = self.of("paper", model, arm)
+        return f"{mean(row['probe'][checkpoint]['conflict'] for row in rows):.0%}"
+
+
+def interval_text(values, unit):
+    """Such as "+2.3% (+1.4 to +3.1)"."""
+    centre, low, high = t_interval(values)
+    unit = "%" if unit == "%" else " points"
+    return f"{centre:+.1f}{unit} ({low:+.1f} to {high:+.1f})"
+
+
+def sentences(rows, noises):
+    """The sentences that must stand on the page, from the rows of both files."""
+    found, study = [], Rows(rows)
+
+    def quote(text, *values):
+        found.append(text.format(*values))
+
+    quote_the_answer(quote, study)
+    quote_the_mechanism(quote, study)
+    quote("Of {} predictions the median is wrong by {}, and the worst by {}",
+          *errors_of_predictions(noises))
+    minutes = sum(row["seconds"] for row in rows) / 60
+    quote("{} runs took {} minutes of training", len(rows), f"{minutes:.0f}")
+    return found
+
+
+def quote_the_answer(quote, study):
+    def four(model, arm):
+        return [study.effect("paper", model, arm, name)
+                for name in ("fit", "generalisation", "joint, guidance 2", "layout and shape")]
+
+    def fits(arm):
+        return [study.effect(regime, "dit", arm, "fit") for regime in regimes.REGIMES]
+
+    text = "fit {}, generalisation {}, joint accuracy {}, layout and shape {}"
+    for model in regimes.MODELS:
+        quote(text, *four(model, "sga"))
+        quote(text, *four(model, "sga-short"))
+    quote("its fit changes by {} in the paper-like regime, by {} from the macro base, by {} with "
+          "all weights and by {} with 8 tuples a step", *fits("sga"))
+    quote("{}/1000 from the base that knows close-ups and {}/1000 from the macro base",
+          study.error("paper", "dit"), study.error("macro_base", "dit"))
+
+
+def quote_the_mechanism(quote, study):
+    quote("{} times as noisy as one of the baseline with the DiT, a step of quiet tuples {} times",
+          study.noise("dit", "tuple_max"), study.noise("dit", "quiet"))
+    quote("Against root tuples with the same weights, quiet tuples change the fit by {}, "
+          "generalisation by {} and joint accuracy by {}",
+          *(study.between("dit", "quiet", "tuple_max", name)
+            for name in ("fit", "generalisation", "joint, guidance 2")))
+    quote("the share grows from {} to {} in the baseline and to {} with SGA; with the U-Net from "
+          "{} to {} and to {}",
+          study.conflict("dit", "baseline", 0), study.conflict("dit", "baseline", -1),
+          study.conflict("dit", "sga", -1),
+          study.conflict("unet", "baseline", 0), study.conflict("unet", "baseline", -1),
+          study.conflict("unet", "sga", -1))
+
+
+def errors_of_predictions(noises):
+    """(how many, median, largest): the predicted over the measured square of a step, less 1."""
+    errors = sorted(abs(row["predicted"] / row["measured"] - 1) for row in noises)
+    return len(errors), f"{errors[len(errors) // 2]:.0%}", f"{errors[-1]:.0%}"
+
+
+if __name__ == "__main__":
+    text = (ROOT / PAGE).read_text(encoding="utf-8")
+    for sentence in missing(text, sentences(regimes.read_rows(), step_noise.read_rows())):
+        print(f"{PAGE}: {sentence}")

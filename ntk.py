@@ -131,6 +131,8 @@ def per_sample_gradients(f, params, inputs, vectors):
 
     try:
         return vmap(one_gradient)(vectors, inputs)                 # (N, P)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         # vmap cannot take every step: an LSTM, a checkpoint, a branch that depends on a number.
         pass
@@ -265,6 +267,8 @@ def _for_each(function, vectors):
     """The function of each of the vectors: of all at once, or in a loop if that is impossible."""
     try:
         return vmap(function)(vectors)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError):
         pass
     found = [function(vector) for vector in vectors]
@@ -645,6 +649,8 @@ def _check_alone(model, batch):
     with _other_random_numbers():
         try:
             v = alone()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise ValueError("the model fails for one sample alone, so that its samples seem to "
                              f"depend on each other: {_first_line(error)}") from error
@@ -943,6 +949,8 @@ def _rest_gradients(model, rest, batch, vectors):
         f, params = of_module(model)
         params = {name: params[name] for name in rest}
         return per_sample_gradients(f, params, batch.inputs, vectors)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         # Not every model can be called again, and with one sample: random numbers, a fixed batch.
         pass

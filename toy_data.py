@@ -107,9 +107,9 @@ def palette(table, device):
 
 # --- Checks: wrong input gets one sentence. None of them makes a GPU wait for its host ------------
 
-def _refuse_on_a_cpu(values, allowed, rule):
-    """Raises ValueError for a value that is not allowed. A GPU would have to be waited for."""
-    if values.device.type == "cpu" and not allowed.all():
+def _refuse(values, allowed, rule):
+    """Raises ValueError for a value that is not allowed. To be called on a CPU alone."""
+    if not allowed.all():
         raise ValueError(f"{rule}, not {values[~allowed][0].item():g}")
 
 
@@ -131,15 +131,21 @@ def check_scenes(scenes):
     if objects.dtype not in whole or background.dtype not in whole:
         raise ValueError("objects and background must be whole numbers (int64 or int32), not "
                          f"{objects.dtype} and {background.dtype}")
+    if background.device.type == "cpu":
+        _check_indices(objects, background)
+
+
+def _check_indices(objects, background):
+    """Raises ValueError for an index that names nothing. To be called on a CPU alone."""
     places = sum(LAYOUTS[objects.shape[1]], ())
-    first = constant((0, 0, 0, places[0]), objects.device)        # (4,)
-    sizes = (len(SHAPES), len(COLOURS), len(TEXTURES), len(places))
-    last = first + constant(sizes, objects.device) - 1            # (4,)
-    _refuse_on_a_cpu(objects, (objects >= first) & (objects <= last),
-                     "objects must be indices into SHAPES, COLOURS, TEXTURES and PLACES (0 to 8 "
-                     "for one object, 9 to 12 for two)")
-    _refuse_on_a_cpu(background, (background >= 0) & (background < len(BACKGROUNDS)),
-                     "the background must be an index into BACKGROUNDS")
+    first = constant((0, 0, 0, min(places)), objects.device)      # (4,)
+    last = constant((len(SHAPES) - 1, len(COLOURS) - 1, len(TEXTURES) - 1, max(places)),
+                    objects.device)                     # (4,)
+    _refuse(objects, (objects >= first) & (objects <= last),
+            "objects must be indices into SHAPES, COLOURS, TEXTURES and PLACES (0 to 8 for one "
+            "object, 9 to 12 for two)")
+    _refuse(background, (background >= 0) & (background < len(BACKGROUNDS)),
+            "the background must be an index into BACKGROUNDS")
 
 
 def check_objects(objects):
@@ -505,11 +511,8 @@ def coverage(scenes, boxes, pixels):
     if not isinstance(pixels, numbers.Real) or pixels < 1 or pixels % 1:
         raise ValueError(f"pixels must be a whole number from 1 on, not {pixels}")
     n, device = len(boxes), boxes.device
-    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)       # (n,) each
-    _refuse_on_a_cpu(width, (width > 0) & ((width - height).abs() <= 1e-3 * width),
-                     "a box must be a square whose sides are above 0")
-    radii = scenes.nuisance[:, 2]                       # (n,)
-    _refuse_on_a_cpu(radii, (radii > 0) & radii.isfinite(), "an object's radius must be above 0")
+    if device.type == "cpu":
+        _check_sizes(boxes, scenes.nuisance[:, 2])
 
     # The middles of the pixels, in widths of the scene.
     middles = (torch.arange(pixels, device=device) + 0.5) / pixels          # (p,)
@@ -534,6 +537,17 @@ def coverage(scenes, boxes, pixels):
     inside = soft(choose(outlines, shape), pixel)       # (n, k, p, p)
     ink = choose(inks, texture)                         # (n, k, p, p)
     return inside * (GAP + (1 - GAP) * ink)             # (n, k, p, p)
+
+
+def _check_sizes(boxes, radii):
+    """Raises ValueError unless the boxes (n, 4) are squares, and the radii (n,) above 0.
+
+    To be called on a CPU alone.
+    """
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    _refuse(width, (width > 0) & ((width - height).abs() <= 1e-3 * width),
+            "a box must be a square whose sides are above 0")
+    _refuse(radii, (radii > 0) & radii.isfinite(), "an object's radius must be above 0")
 
 
 def compose(m, colour, background):

@@ -365,15 +365,15 @@ def main_train(arguments):
         else:
             book.check_unused(folder)          # once more, now that nobody else can use it
             report.save_all(run, folder)
-        file, pretrained = os.path.join(folder, "pretrained.pt"), build(run.settings)
+        file = os.path.join(folder, "pretrained.pt")
         if run.step >= run.settings.pretrain_steps:                # refused now, not at the end
-            book.load_weights(file, pretrained, run.settings, FORMAT)
+            book.load_weights(file, build(run.settings), run.settings, FORMAT)
         machine.wait_for_the_others()
         report.announce(run, folder)
         train(run, folder)
         # A kill may have come between the last checkpoint and its rows: no later row mends that.
         book.write_rows(run.log, run.probe, report.COLUMNS, folder)
-        book.load_weights(file, pretrained, run.settings, FORMAT)
+        pretrained = book.load_weights(file, build(run.settings), run.settings, FORMAT)
         report.report(run, pretrained, folder)
 
 
@@ -382,9 +382,9 @@ def main_sample(arguments):
     picture = pictures.file_of(out)
     machine.full_precision()
     s, content = book.load(checkpoint, Settings, FORMAT)
-    s, step = dataclasses.replace(s, **changes), content["step"]
-    report.say_what_was_never_trained(captions, s, step)
-    model = book.load_weights(checkpoint, build(s, step), s, FORMAT)
+    s = dataclasses.replace(s, **changes)
+    report.say_what_was_never_trained(captions, s, content["step"])
+    model = book.load_weights(checkpoint, build(s, content["step"]), s, FORMAT)
     report.draw_captions(model, s, captions, tokens, picture)
 
 

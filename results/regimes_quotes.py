@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from results import regimes, regimes_report, step_noise  # noqa: E402
-from results.regimes_report import mean, t_interval  # noqa: E402
+from results.regimes_report import mean, text_of  # noqa: E402
 from results.study_quotes import missing  # noqa: E402
 
 PAGE = "results/README.md"
@@ -65,9 +65,9 @@ class Rows:
 
 def interval_text(values, unit):
     """Such as "+2.3% (+1.4 to +3.1)"."""
-    centre, low, high = t_interval(values)
+    centre, interval = text_of(values).split(" ", 1)
     unit = "%" if unit == "%" else " points"
-    return f"{centre:+.1f}{unit} ({low:+.1f} to {high:+.1f})"
+    return f"{centre}{unit} {interval}"
 
 
 def sentences(rows, noises):

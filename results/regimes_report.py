@@ -104,15 +104,23 @@ def table_of(rows, regime, model):
     return found
 
 
-def effects(table, arm, yardstick):
-    """One number for each seed that has both: the arm against the baseline."""
-    measure, unit = YARDSTICKS[yardstick]
+def pairs_of(table, arm):
+    """[(the arm's row, the baseline's row)], one for each seed that has both."""
     found = []
     for seed in regimes.SEEDS:
         if (arm, seed) in table and ("baseline", seed) in table:
-            own, other = measure(table[arm, seed]), measure(table["baseline", seed])
-            change = own / other - 1 if unit == "%" else own - other
-            found.append(100 * change)
+            found.append((table[arm, seed], table["baseline", seed]))
+    return found
+
+
+def effects(table, arm, yardstick):
+    """One number for each seed: the arm against the baseline."""
+    measure, unit = YARDSTICKS[yardstick]
+    found = []
+    for row, baseline in pairs_of(table, arm):
+        own, other = measure(row), measure(baseline)
+        change = own / other - 1 if unit == "%" else own - other
+        found.append(100 * change)
     return found
 
 
@@ -131,26 +139,20 @@ def noise_of(row):
 
 def predicted_noises(table, arm):
     """By seed: the noise of the arm's first steps over that of the baseline's."""
-    ratios = []
-    for seed in regimes.SEEDS:
-        if (arm, seed) in table and ("baseline", seed) in table:
-            ratios.append(noise_of(table[arm, seed]) / noise_of(table["baseline", seed]))
-    return ratios
+    return [noise_of(row) / noise_of(baseline) for row, baseline in pairs_of(table, arm)]
+
+
+def rate_of(row, view):
+    """How fast steps whose expectation has length 1 lower the loss of a granularity, from M."""
+    predicted = row["predicted"]
+    return predicted["rates"][view] / math.sqrt(predicted["mean_square"])
 
 
 def predicted_rates(table, arm, view):
-    """By seed, in percent: how much faster the arm's first steps lower the loss of a granularity.
-
-    Steps are compared at equal length in expectation: rates are divided by |E ghat|.
-    """
+    """By seed, in percent: how much faster the arm's first steps lower a granularity's loss."""
     changes = []
-    for seed in regimes.SEEDS:
-        if (arm, seed) in table and ("baseline", seed) in table:
-            rates = []
-            for name in (arm, "baseline"):
-                predicted = table[name, seed]["predicted"]
-                rates.append(predicted["rates"][view] / math.sqrt(predicted["mean_square"]))
-            changes.append(100 * (rates[0] / rates[1] - 1))
+    for row, baseline in pairs_of(table, arm):
+        changes.append(100 * (rate_of(row, view) / rate_of(baseline, view) - 1))
     return changes
 
 
@@ -267,8 +269,8 @@ def tables(rows):
                 continue
             lines += [f"## {regime}, {name}", "", "Effects:", ""]
             lines += effect_table(rows, regime, model) + [""]
-            lines += ["Predicted from M of the base: the noise E\\|ĝ\\|²/\\|E ĝ\\|² of a step, and "
-                      "the rates of equally long steps by granularity:", ""]
+            lines += ["Predicted from M of the base: the noise E\\|ĝ\\|²/\\|E ĝ\\|² of a step, "
+                      "and the rates of equally long steps by granularity:", ""]
             lines += prediction_table(rows, regime, model) + [""]
             lines += ["The same effects by bootstrap, too narrow for few seeds:", ""]
             lines += bootstrap_table(rows, regime, model) + [""]
@@ -304,11 +306,8 @@ def draw_effects(rows, lines, title, file):
     figure = Figure(figsize=(16, 10), layout="constrained")
     axes = figure.subplots(1, len(SHOWN), sharey=True)
     for axis, yardstick in zip(axes, SHOWN):
-        for shift, model in ((-0.15, "dit"), (0.15, "unet")):
-            for place, (_, regime, arm) in enumerate(lines):
-                values = effects(table_of(rows, regime, model), arm, yardstick)
-                if len(values) > 1:
-                    paint_interval(axis, t_interval(values), place + shift, COLOURS[model])
+        paint_effects(axis, rows, lines, yardstick, "dit", -0.15)
+        paint_effects(axis, rows, lines, yardstick, "unet", 0.15)
         axis.axvline(0, color="black", linewidth=1)
         unit = YARDSTICKS[yardstick][1]
         better = "left is better" if unit == "%" else "right is better"
@@ -327,6 +326,14 @@ def has_interval(rows, regime, arm):
     """Whether some network has two seeds or more of an arm."""
     numbers = [len(effects(table_of(rows, regime, model), arm, "fit")) for model in NAMES]
     return max(numbers) > 1
+
+
+def paint_effects(axis, rows, lines, yardstick, model, shift):
+    """The effects of one network, a little above or below the middle of each line."""
+    for place, (_, regime, arm) in enumerate(lines):
+        values = effects(table_of(rows, regime, model), arm, yardstick)
+        if len(values) > 1:
+            paint_interval(axis, t_interval(values), place + shift, COLOURS[model])
 
 
 def paint_interval(axis, interval, height, colour):

@@ -1,7 +1,5 @@
 """The study's tables, as lines of Markdown. `python results/study.py --draw` writes them."""
 
-import math
-
 from results import study_statistics as statistics
 from results.study_statistics import (
     MODELS, THIRDS, VIEWS, conflict, final, held_out_error, held_out_joint, interval, joint, mean,
@@ -125,8 +123,8 @@ def summary(runs, arms):
         lines.append(cells)
     head = ("arm", "seeds", "images", "steps", "error, seen", *VIEWS, "error, held out",
             "joint, seen", "joint, held out", "best error on the way")
-    told = ("Means over the seeds. Error: \\|v - u\\*\\|²/D at evenly spread t. Joint accuracy: the"
-            " reader finds all that the caption names.")
+    told = ("Means over the seeds. Error: \\|v - u\\*\\|²/D at evenly spread t. Joint accuracy:"
+            " the reader finds all that the caption names.")
     return ["", told, *table(head, *lines)]
 
 

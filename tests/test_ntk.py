@@ -557,6 +557,37 @@ def test_what_cannot_be_called_with_other_parameters_is_right_by_the_fast_route(
         ntk.of_module(model)
 
 
+@pytest.mark.parametrize("what", ["M", "K", "the rest of a module"])
+def test_lack_of_memory_is_not_answered_by_a_slow_loop(what):
+    """Whoever runs out of memory must hear of it, and can choose a smaller chunk."""
+    calls = []
+
+    def lacking(*arguments):
+        calls.append(arguments)
+        if len(calls) == (2 if what == "the rest of a module" else 1):
+            raise torch.OutOfMemoryError("out of memory")
+        return arguments[-1]
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return self.scale * lacking(x)
+
+    x = torch.ones(3, 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        if what == "M":
+            ntk.interaction_matrix(lacking, {"w": x}, (x,), x)
+        elif what == "K":
+            ntk._for_each(lacking, x)
+        else:
+            ntk.fast_interaction_matrix(Scaled(), (x,), x)
+    assert len(calls) == (2 if what == "the rest of a module" else 1)
+
+
+
 def test_few_digits_of_what_is_frozen_are_enough():
     """An adapter beside a layer in bfloat16."""
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Text to image, end to end: pretrain on whole scenes of one domain, fine-tune on views of another.
+"""Text to image, end to end: pretrain on one domain of scenes, fine-tune on views of another.
 
     python train.py                              # everything, at a size that suits this machine
     python train.py --model unet --seed 1        # any setting is a flag, see --help

@@ -79,8 +79,8 @@ def sentences(rows, noises):
 
     quote_the_answer(quote, study)
     quote_the_mechanism(quote, study)
-    quote("Of {} predictions the median is wrong by {}, and the worst by {}",
-          *errors_of_predictions(noises))
+    quote("Of {} ratios the median is wrong by {} and the worst by {}, and {} lie outside of their "
+          "bars", *errors_of_predictions(noises))
     minutes = sum(row["seconds"] for row in rows) / 60
     quote("{} runs took {} minutes of training", len(rows), f"{minutes:.0f}")
     return found
@@ -120,9 +120,13 @@ def quote_the_mechanism(quote, study):
 
 
 def errors_of_predictions(noises):
-    """(how many, median, largest): the predicted over the measured square of a step, less 1."""
-    errors = sorted(abs(row["predicted"] / row["measured"] - 1) for row in noises)
-    return len(errors), f"{errors[len(errors) // 2]:.0%}", f"{errors[-1]:.0%}"
+    """(how many, median and largest error, how many outside of two standard errors)."""
+    errors, outside = [], 0
+    for _, predicted, measured, bar in regimes_report.squares_over_the_baselines(noises):
+        errors.append(abs(predicted / measured - 1))
+        outside += abs(predicted - measured) > bar
+    errors.sort()
+    return len(errors), f"{errors[len(errors) // 2]:.0%}", f"{errors[-1]:.0%}", outside
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def mechanism_table(rows, model):
         noise, speeds = f"{mean(ratios):.2f}", ""
         if gradient == "no":
             means = [mean(predicted_rates(table, arm, view)) for view in yardsticks.VIEWS]
-            speeds = ", ".join(f"{value:+.0f}%" for value in means)
+            speeds = ", ".join(f"{round(value):+d}%" for value in means)
         if arm == "sga-short":
             noise = speeds = ""
         measured = [text_of(effects(table, arm, name)) for name in ("fit", "generalisation")]
@@ -352,34 +352,41 @@ def paint_labels(axis, lines):
     axis.set_ylim(len(lines) - 0.5, -0.5)
 
 
+def squares_over_the_baselines(rows):
+    """[(scheme, predicted, measured, two standard errors)]: E|ghat|^2 over the baseline's there."""
+    baselines, found = {}, []
+    for row in rows:
+        if row["scheme"] == "baseline":
+            baselines[row["model"], row["regime"], row["step"]] = row
+    for row in rows:
+        if row["scheme"] != "baseline":
+            base = baselines[row["model"], row["regime"], row["step"]]
+            measured = row["measured"] / base["measured"]
+            relative = row["standard_error"] / row["measured"]
+            base_relative = base["standard_error"] / base["measured"]
+            error = 2 * measured * math.hypot(relative, base_relative)
+            found.append((row["scheme"], row["predicted"] / base["predicted"], measured, error))
+    return found
+
+
 def draw_step_noise(rows, file):
     """Predicted against measured squares of a step, each over the baseline's there."""
     figure = Figure(figsize=(11, 10), layout="constrained")
     axis = figure.subplots()
     colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",
                "#999999"]
-    baselines = {}
-    for row in rows:
-        if row["scheme"] == "baseline":
-            baselines[row["model"], row["regime"], row["step"]] = row
-    for scheme, colour in zip(step_noise.SCHEMES[1:], colours):
-        points = [row for row in rows if row["scheme"] == scheme]
-        for row in points:
-            base = baselines[row["model"], row["regime"], row["step"]]
-            x = row["predicted"] / base["predicted"]
-            y = row["measured"] / base["measured"]
-            relative = row["standard_error"] / row["measured"]
-            base_relative = base["standard_error"] / base["measured"]
-            error = 2 * y * math.hypot(relative, base_relative)
-            axis.errorbar(x, y, error, color=colour, fmt="o", markersize=9, linewidth=2)
+    colour_of = dict(zip(step_noise.SCHEMES[1:], colours))
+    for scheme, x, y, error in squares_over_the_baselines(rows):
+        axis.errorbar(x, y, error, color=colour_of[scheme], fmt="o", markersize=9, linewidth=2)
+    for scheme, colour in colour_of.items():
         axis.plot([], [], "o", color=colour, markersize=9, label=ARM_TITLES[scheme])
     low, high = axis.get_xlim()
     axis.plot([low, high], [low, high], color="black", linewidth=1)
-    axis.set_title("M predicts how long a training step is", fontsize=26)
+    axis.set_title("M predicts the squared length of a training step", fontsize=26)
     axis.set_xlabel("predicted E|ĝ|², over the baseline's", fontsize=22)
     axis.set_ylabel("measured in training steps, over the baseline's", fontsize=22)
     axis.tick_params(labelsize=21)
-    # Of one case in the middle of a training the steps differ so much that its bar leaves the page.
+    # In one case the steps differ so much that its bar leaves the page.
     axis.set_ylim(0, 2.6)
     axis.legend(fontsize=19, loc="upper left", ncols=2)
     figure.savefig(file, dpi=80)

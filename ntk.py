@@ -237,883 +237,6 @@ def ntk_trace(f, params, inputs, chunk=16):
     return trace
 
 
-# --- The clear route's helpers, and what it refuses -----------------------------------------------
-
-def _unit_vectors_of(f, params, inputs):
-    """(D, N, ...) one vector for each of f's D outputs: 1 there, for every sample."""
-    N = _count(inputs)
-    # Some modules go another way in no_grad.
-    with torch.enable_grad():
-        v = _call(f, params, _take(inputs, 0)).detach()
-    return _unit_vectors(v.expand(N, *v.shape))
-
-
-def _rows_of_jacobians(f, params, inputs, unit):
-    """(c, N, P) the rows of every sample's Jacobian that c of the unit vectors stand for."""
-    def row_of_each_jacobian(vectors):
-        return per_sample_gradients(f, params, inputs, vectors)
-
-    J = _for_each(row_of_each_jacobian, unit)
-    # Torch runs some backward passes wrongly with several vectors at once (in 2.14 that of cdist).
-    # They are linear, so that a random sum of the rows shows it.
-    s = _random(torch.randn, unit.shape[:1], J, seed=3)
-    row = row_of_each_jacobian(torch.tensordot(s.to(unit), unit, 1))
-    if (torch.tensordot(s, J, 1) - row).norm() <= math.sqrt(torch.finfo(J.dtype).eps) * J.norm():
-        return J
-    return torch.stack([row_of_each_jacobian(vectors) for vectors in unit])
-
-
-def _for_each(function, vectors):
-    """The function of each of the vectors: of all at once, or in a loop if that is impossible."""
-    try:
-        return vmap(function)(vectors)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError):
-        pass
-    found = [function(vector) for vector in vectors]
-    if isinstance(found[0], torch.Tensor):
-        return torch.stack(found)
-    return [torch.stack(several) for several in zip(*found)]
-
-
-def _one_after_another(f, params, inputs, vectors):
-    """per_sample_gradients in a plain loop."""
-    weights = {name: p.detach().requires_grad_() for name, p in params.items()}
-    rows = []
-    with _other_random_numbers() as were_drawn, torch.enable_grad():
-        for i, vector in enumerate(vectors):
-            v = _with_gradient(_call(f, weights, _take(inputs, i)))
-            vector = _like(vector[None], v[None])[0]
-            rows.append(_flat_gradient(v, list(weights.values()), vector))
-        if were_drawn():
-            raise ValueError("f draws random numbers (dropout?), others each time; call eval()")
-    return torch.stack(rows)
-
-
-@contextlib.contextmanager
-def _other_random_numbers():
-    """What is drawn in it changes no random numbers afterwards. It gives whether any were drawn."""
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-
-    def state():
-        return torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpus)])
-
-    def were_drawn():
-        return not torch.equal(state(), before)
-
-    before = state()
-    with torch.random.fork_rng(gpus):
-        yield were_drawn
-
-
-def _flat_gradient(v, params, vectors):
-    """(P,) the gradient of <vectors, v>."""
-    g = _gradient(v, params, vectors, materialize_grads=True)
-    # That of an Embedding may be sparse.
-    return torch.cat([(one.to_dense() if one.is_sparse else one).flatten() for one in g])
-
-
-def _gradient(v, places, vectors, **options):
-    """The gradients of <vectors, v> at some places of the graph, which is kept."""
-    try:
-        return torch.autograd.grad(v, places, vectors, retain_graph=True, allow_unused=True,
-                                   **options)
-    except RuntimeError as error:
-        if "use_reentrant" in str(error):
-            raise ValueError("a checkpoint in the model needs use_reentrant=False") from error
-        raise
-
-
-def _call(f, params, sample):
-    """f of one sample, whose inputs are a tuple, or a dict if they are given by name."""
-    v = f(params, **sample) if isinstance(sample, dict) else f(params, *sample)
-    if not isinstance(v, torch.Tensor):
-        raise ValueError(f"f must return a tensor, not a {type(v).__name__}")
-    return v
-
-
-def _with_gradient(v):
-    """v itself. Raises ValueError if it has no gradient."""
-    if not v.requires_grad:
-        raise ValueError("the output has no gradient: it is detached, or made in no_grad, or does "
-                         "not depend on the parameters")
-    return v
-
-
-def _first_line(error):
-    return str(error).partition("\n")[0]
-
-
-def _one_tensor(v, output):
-    """(1, ...) a model's output for one sample as one tensor, whatever it returns: of_module."""
-    kind = type(v).__name__
-    if output is not None and not isinstance(v, torch.Tensor):
-        try:
-            v = v[output]
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(f"the model returns a {kind} that has no {output!r}") from None
-    several = isinstance(v, (dict, tuple, list))
-    values = v.values() if isinstance(v, dict) else v if several else [v]
-    tensors = [z for z in values if isinstance(z, torch.Tensor)]
-    if not tensors:
-        raise ValueError(f"the model returns a {kind}, not a tensor, or a dict or tuple of tensors")
-    for z in tensors:
-        if z.dim() == 0 or len(z) != 1:
-            raise ValueError(f"the model answers one sample with the shape {tuple(z.shape)}; the "
-                             "samples must be on its first axis (of a dict or tuple, `output` "
-                             "chooses one)")
-    return torch.cat([z.flatten(1) for z in tensors], 1) if several else v
-
-
-def _all_names(model):
-    """{name: first name} of every trained parameter: one that is tied has several names."""
-    first = {p: name for name, p in _trained(model).items()}
-    names = {}
-    for prefix, module in model.named_modules():
-        for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            if p in first:
-                names[name] = first[p]
-    return names
-
-
-def _trained(model):
-    """{name: parameter} of those that require a gradient. Raises ValueError if there is none."""
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not params:
-        raise ValueError("no parameter of the model requires a gradient: all are frozen")
-    for name, p in params.items():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name} has no size yet; call the model once before")
-        if p.is_complex():
-            raise ValueError(f"{name} is {p.dtype}, and parameters must be real")
-    return params
-
-
-def _count(inputs):
-    """The number of samples N. Raises ValueError if the inputs do not agree on one."""
-    sizes = set()
-    if isinstance(inputs, (tuple, dict)):
-        for z in inputs.values() if isinstance(inputs, dict) else inputs:
-            is_batch = isinstance(z, torch.Tensor) and z.dim() > 0
-            sizes.add(len(z) if is_batch else 0)
-    if len(sizes) != 1 or 0 in sizes:
-        raise ValueError("inputs must be a tuple or a dict of tensors with the same number of "
-                         "samples, at least one, on their first axis")
-    return sizes.pop()
-
-
-def _like(vectors, v):
-    """The vectors in the shape of v, which they must have already, or flattened to (N, D)."""
-    if tuple(vectors.shape) not in (tuple(v.shape), (len(v), v[0].numel())):
-        raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} "
-                         f"does not fit {tuple(v.shape)}")
-    if vectors.is_complex() and not v.is_complex():
-        raise ValueError("the vectors are complex, and the outputs are not")
-    return vectors.reshape(v.shape).to(v)
-
-
-def _require_as_many(vectors, inputs):
-    N = _count(inputs)
-    if not isinstance(vectors, torch.Tensor) or vectors.dim() == 0:
-        raise ValueError("residuals and vectors are tensors with the samples on their first axis")
-    if len(vectors) != N:
-        raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} "
-                         f"does not fit {(N, *vectors.shape[1:])}")
-
-
-def _require_pair(columns):
-    if not isinstance(columns, (tuple, list)) or len(columns) != 2:
-        raise ValueError("columns must be a pair: (inputs, residuals) of the second batch")
-    inputs, residuals = columns
-    _require_as_many(residuals, inputs)
-
-
-def _parts(inputs, vectors, chunk):
-    """The batch in parts of `chunk` samples (None: in one), as a list of (inputs, vectors)."""
-    _require_as_many(vectors, inputs)
-    N = len(vectors)
-    size = N if chunk is None else _positive(chunk)
-    parts = []
-    for start in range(0, N, size):
-        some = slice(start, start + size)
-        parts.append((_take(inputs, some), vectors[some]))
-    return parts
-
-
-def _positive(chunk):
-    if chunk < 1:
-        raise ValueError(f"chunk must be 1 or more, not {chunk}")
-    return chunk
-
-
-def _take(inputs, some):
-    """Some of the samples: a slice of them, or one, without its axis."""
-    if isinstance(inputs, dict):
-        return {name: z[some] for name, z in inputs.items()}
-    return tuple(z[some] for z in inputs)
-
-
-def _require_separate_samples(model):
-    """Raises ValueError, with the cause, for a module that neither route can take."""
-    if not isinstance(model, nn.Module):
-        raise ValueError("a torch.nn.Module is needed; a function needs the clear route: "
-                         "interaction_matrix(f, params, inputs, residuals)")
-    for name, module in model.named_modules():
-        name = name or "the model"
-        compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
-        if type(module).__name__ == "OptimizedModule" or compiled_in_place:
-            raise ValueError(f"{name} is compiled, and its layers cannot be seen; give the module "
-                             "as it was before torch.compile")
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if module.training or module.running_mean is None:
-                raise ValueError(f"{name} is a BatchNorm in training: it couples the samples, so "
-                                 "that none has a gradient of its own; call eval() first")
-        if type(module).__name__ == "_SpectralNorm" and module.training:
-            raise ValueError(f"{name} is a spectral_norm in training: each call changes the weight;"
-                             " call eval() first")
-        for own, p in module.named_parameters(recurse=False):
-            if p.requires_grad and p._backward_hooks:
-                raise ValueError(f"{name}: a hook may change the gradient of its {own}; remove it")
-            # Pruning computes `weight` from `weight_orig`, the old weight_norm from `weight_g`.
-            computed = own.rpartition("_")[0]
-            if p.requires_grad and module._forward_pre_hooks and hasattr(module, computed):
-                raise ValueError(f"{name} computes its {computed} from {own} in a hook (pruning, "
-                                 "or an old weight_norm or spectral_norm); make it permanent, or "
-                                 "use torch.nn.utils.parametrizations")
-
-
-# --- The fast route: M, layer by layer ------------------------------------------------------------
-# Most layers apply one matrix at several places t: z_t = W a_t. A Linear layer has a place for each
-# token, a convolution one for each patch of the image that it sees, an Embedding one for each word
-# (its a_t is one-hot). A bias is a column of W whose input is always 1. The gradient of a sample is
-# then sum_t b_t a_t^T, and one_linear_layer's identity becomes
-#     <g_i, g_j> = sum_ts <a_it, a_js> <b_it, b_js>.
-# (Novak et al. 2022 call this structured derivatives.) M is the sum of its layers' shares.
-# All other parameters go by the clear route, and if it cannot run the model, by N backward passes.
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *NORMS)
-
-USE_CLEAR = "use the clear route: interaction_matrix(*of_module(model), inputs, residuals)"
-
-
-class Seen(NamedTuple):
-    """What one layer saw in a forward pass."""
-
-    module: nn.Module
-    trained: dict              # its own parameters that require a gradient, by name
-    given: torch.Tensor        # its input
-    shape: torch.Size          # of its output
-    edge: object               # its output's place in autograd's graph
-
-
-class Pass(NamedTuple):
-    """A batch's forward pass."""
-
-    inputs: object
-    v: torch.Tensor            # the output
-    r: torch.Tensor            # the residuals, or random vectors in their place (for K)
-    layers: dict               # {name: Seen} of the layers that are taken apart
-
-
-class Share(NamedTuple):
-    """What some parameters, mostly those of one layer, add to M."""
-
-    name: str
-    params: list
-    products: torch.Tensor     # the inner products of their gradients
-
-
-@torch.no_grad()
-def fast_interaction_matrix(model, inputs, residuals, columns=None, check=True):
-    """(N, N) M of model(*inputs) for residuals (N, *output shape), without any Jacobian (Eq. 12).
-
-    M is over the parameters that require a gradient. With columns = (inputs, residuals) of a second
-    batch of N2 samples it is (N, N2): its rows are evaluated, its columns are trained on (Eq. 22).
-    It is checked by one backward pass, unless check is False, and the last sample is answered
-    alone, to see whether the samples depend on each other. Raises ValueError where M would be
-    wrong, with the layer and, where that can be told, the cause.
-
-    Example, with inputs x, residuals r and a second batch:
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-        x, r = torch.randn(3, 4), torch.randn(3, 2)
-        M = ntk.fast_interaction_matrix(model, (x,), r)            # (3, 3)
-        columns = ((torch.randn(5, 4),), torch.randn(5, 2))
-        M = ntk.fast_interaction_matrix(model, (x,), r, columns)   # (3, 5)
-    """
-    _require_as_many(residuals, inputs)
-    rows = _forward(model, inputs, residuals)
-    if columns is None:
-        return _matrix(model, rows, rows, check)
-    _require_pair(columns)
-    return _matrix(model, rows, _forward(model, *columns), check)
-
-
-def _matrix(model, rows, columns, check):
-    """(N, N2) M of one pass with itself, or with another: the sum of its shares."""
-    shares = _shares(model, rows, columns)
-    if check:
-        _check_alone(model, rows)
-        if columns is not rows:
-            _check_alone(model, columns)
-        _check_by_backward(shares, rows, columns)
-    return sum(share.products for share in shares)
-
-
-def _shares(model, rows, columns):
-    """[Share]: one for each layer that is taken apart, and one for all other parameters."""
-    batches = [rows] if columns is rows else [rows, columns]
-    layers = {name: seen for name, seen in rows.layers.items() if name in columns.layers}
-    cotangents = [_cotangents(batch, list(layers), batch.r) for batch in batches]
-    shares = []
-    for name, layer in layers.items():
-        by_grams = _grams_are_cheaper(layer, len(rows.v), 1)
-        factors = []
-        for batch, b in zip(batches, cotangents):
-            factors.append(_factors(batch.layers[name], b[name][:, None], by_grams))
-        products = _inner_products(factors[0], factors[-1])        # (N, N2)
-        shares.append(Share(name, list(layer.trained.values()), products))
-    rest = _rest(model, layers)
-    if rest:
-        G = [_rest_gradients(model, rest, batch, batch.r) for batch in batches]
-        shares.append(Share(_listed(rest), list(rest.values()), G[0] @ G[-1].T))
-    return shares
-
-
-def _check_by_backward(shares, rows, columns):
-    """Raises ValueError unless s^T M s = |sum_i s_i g_i|^2 for random weights s: Eq. 13 at work.
-
-    The right side takes one ordinary backward pass, which begins with the vectors s_i r_i. (With
-    equal weights a layer could pass whose rows are not the samples.) It is done share by share.
-    With a second batch it is s^T M s' = <sum_i s_i g_i, sum_j s'_j g'_j>.
-    """
-    params = [p for share in shares for p in share.params]
-    s, g = _weighted_gradient(params, rows, seed=0)
-    s_columns, g_columns = s, g
-    if columns is not rows:
-        s_columns, g_columns = _weighted_gradient(params, columns, seed=1)
-    sides = []
-    for name, own, M in shares:
-        by_share = s @ M @ s_columns
-        by_gradient = sum((g[p] * g_columns[p]).sum() for p in own)
-        # How large the terms are of which both sides are sums: rounding is measured by it.
-        size = s.abs() @ M.abs() @ s_columns.abs() + by_gradient.abs()
-        sides.append(torch.stack([by_share, by_gradient, size]))
-    sides = torch.stack(sides).tolist()
-    left, right = "s^T M s", "|sum_i s_i g_i|^2"
-    if columns is not rows:
-        left, right = "s^T M s'", "<sum_i s_i g_i, sum_j s'_j g'_j>"
-    eps = torch.finfo(s.dtype).eps
-    total = sum(size for _, _, size in sides)
-    for share, (by_share, by_gradient, size) in zip(shares, sides):
-        gap = abs(by_share - by_gradient)
-        if not math.isfinite(gap):
-            raise ValueError(f"{share.name}: its share of M is not finite; look for inf and nan in "
-                             "inputs, residuals, parameters and outputs")
-        # Two thirds of the digits must agree, down to what is rounded away in the whole M.
-        if gap > eps ** (2 / 3) * size + eps * total:
-            raise ValueError(
-                f"{share.name}: for random weights s its share of {left} is {by_share:.4g}, but "
-                f"{right} is {by_gradient:.4g}, {gap:.2g} away, so M would be wrong. Either its "
-                "weight is also used outside its call (tied, or in a norm), or a hook changes what "
-                "it gives, or row k of what it sees is not of sample k (the sequence first, samples"
-                " in another order), or rounding is large (TF32, autocast; try double()). Otherwise"
-                f" {USE_CLEAR}")
-
-
-def _check_alone(model, batch):
-    """Raises ValueError if the last sample alone has another answer than in its batch.
-
-    The gradient need not show that samples depend on each other: think of a mean that is detached.
-    """
-    N = len(batch.v)
-    if N == 1:
-        return
-    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    # A third of the digits must agree, of the parameters that have the fewest.
-    allowed = eps ** (1 / 3) * batch.v.nan_to_num().norm().item() / math.sqrt(N)
-
-    def alone():
-        try:
-            v = _run(model, _take(batch.inputs, [-1]))
-        except Exception:
-            # Some layers want two samples.
-            v = _run(model, _take(batch.inputs, [-1, -1]))[0]
-        return v.detach().flatten()
-
-    def same(v, other, allowed):
-        return len(v) == len(other) and torch.allclose(v, other, 0, allowed, equal_nan=True)
-
-    with _other_random_numbers():
-        try:
-            v = alone()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise ValueError("the model fails for one sample alone, so that its samples seem to "
-                             f"depend on each other: {_first_line(error)}") from error
-        # If it differs, a second answer tells whether it is merely random.
-        if not same(v, batch.v[-1].flatten(), allowed) and same(v, alone(), 0):
-            raise ValueError("the last sample alone has another answer than in its batch: the "
-                             "samples depend on each other, so that none has a gradient of its own "
-                             "(or few digits are computed, as with autocast)")
-
-
-def _weighted_gradient(params, batch, seed):
-    """Random weights s (N,), and {parameter: sum_i s_i g_i}."""
-    s = _random(torch.rand, (len(batch.v),), batch.v, seed)        # (N,)
-    # Signs, so that nothing agrees by chance, and sizes from 1 to 2, so that every sample counts.
-    s = 2 * s - 1
-    s = s + s.sign()
-    vectors = batch.r * s.view(-1, *[1] * (batch.v.dim() - 1))     # (N, ...)
-    g = _gradient(batch.v, params, vectors, materialize_grads=True)
-    return s, dict(zip(params, g))
-
-
-def _cotangents(batch, names, vectors):
-    """{name: the cotangent of the layer's output}, back from vectors (N, ...) at the output v."""
-    if not names:
-        return {}
-    edges = [batch.layers[name].edge for name in names]
-    found = _gradient(batch.v, edges, vectors)
-    cotangents = {}
-    for name, b in zip(names, found):
-        # None says that the layer does not reach the output.
-        cotangents[name] = batch.v.new_zeros(batch.layers[name].shape) if b is None else b
-    return cotangents
-
-
-def _factors(layer, cotangents, by_grams):
-    """The gradients of one layer for C cotangents (N, C, ...) of each sample's output.
-
-    Either as the factors a (N, T, I) and b (N, C, T, O) of the gradients sum_t b_t a_t^T, or
-    multiplied out, as None and the gradients (N, C, P).
-    """
-    module = layer.module
-    N, C = cotangents.shape[:2]
-    b = _places(module, cotangents.flatten(0, 1))                  # (NC, T, O)
-    b = b.unflatten(0, (N, C))                                     # (N, C, T, O)
-    if by_grams:
-        a = _inputs(layer)                                         # (N, T, I)
-        if "bias" in layer.trained:
-            a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
-        return a, b
-    gradients = []
-    if "weight" in layer.trained:
-        if isinstance(module, NORMS):
-            # A norm multiplies each channel by its weight: a matrix that is diagonal.
-            a = _places(module, _normalised(module, layer.given))  # (N, T, O)
-            g = torch.einsum("nto,ncto->nco", a, b)
-        elif isinstance(module, CONVOLUTIONS) and C == 1:
-            g = _convolution_gradients(layer, cotangents[:, 0])
-        else:
-            g = torch.einsum("nti,ncto->ncio", _inputs(layer), b)
-        gradients.append(g.reshape(N, C, -1))
-    if "bias" in layer.trained:
-        gradients.append(b.sum(2))
-    return None, torch.cat(gradients, -1)
-
-
-def _inner_products(rows, columns):
-    """(N, N2) <g_i, g'_j> from the factors of two batches, with one cotangent a sample (C = 1)."""
-    (a, b), (a_columns, b_columns) = rows, columns
-    b, b_columns = b[:, 0], b_columns[:, 0]
-    # In bands of rows: all pairs of places at once would need too much memory.
-    band = 32
-    if a is not None:
-        pairs_of_one_row = a.shape[1] * a_columns.shape[1] * len(a_columns)
-        band = max(1, min(band, 2**24 // pairs_of_one_row))
-    symmetric = columns is rows
-    M = b.new_zeros(len(b), len(b_columns))                        # (N, N2)
-    for i in range(0, len(b), band):
-        some = slice(i, i + band)
-        first = i if symmetric else 0
-        if a is None:
-            M[some, first:] = b[some] @ b_columns[first:].T
-        else:
-            inner = torch.tensordot(a[some], a_columns[first:], ([2], [2]))
-            inner *= torch.tensordot(b[some], b_columns[first:], ([2], [2]))
-            M[some, first:] = inner.sum((1, 3))
-    return M.triu() + M.triu(1).T if symmetric else M
-
-
-def _grams_are_cheaper(layer, N, C):
-    """Whether Gram matrices take fewer multiplications than gradients, for N samples."""
-    if isinstance(layer.module, NORMS) or "weight" not in layer.trained:
-        return False
-    O, I = layer.module.weight.flatten(1).shape
-    if isinstance(layer.module, nn.Embedding):
-        I, O = O, I
-    T = layer.shape.numel() // (N * O)
-    # Gradients: T outer products each, then their pairs. Grams: <a_it, a_js>, what it makes of b,
-    # then pairs. Of N samples each has N / 2 pairs, since M and K are symmetric.
-    gradients = C * T * I * O + N / 2 * C * C * I * O
-    grams = N / 2 * (T * T * I + C * T * T * O + C * C * T * O)
-    return grams < gradients
-
-
-# --- What a layer is at its places t --------------------------------------------------------------
-
-def _places(module, z):
-    """(N, T, O) a layer's output, or what has its shape, at the T places of each sample."""
-    if isinstance(module, (*CONVOLUTIONS, nn.GroupNorm)):
-        # Their channels come first.
-        return z.reshape(*z.shape[:2], -1).mT
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        z = z.flatten(-len(module.normalized_shape))
-    return z.reshape(len(z), -1, z.shape[-1])
-
-
-def _inputs(layer):
-    """(N, T, I) the inputs a_t of a layer that applies a matrix."""
-    module, a = layer.module, layer.given
-    if isinstance(module, CONVOLUTIONS):
-        a = _patches(module, a)
-    elif isinstance(module, nn.Embedding):
-        a = F.one_hot(a.long(), module.num_embeddings).to(module.weight.dtype)
-        if module.padding_idx is not None:
-            # The word that pads gets no gradient.
-            a[..., module.padding_idx] = 0
-    return a.reshape(len(a), -1, a.shape[-1])
-
-
-def _patches(convolution, a):
-    """(N, T, I) the patches that a convolution sees, one for each place of its output."""
-    a = _padded(convolution, a)
-    kernel, dilation, stride = convolution.kernel_size, convolution.dilation, convolution.stride
-    if isinstance(convolution, nn.Conv1d):
-        # A sequence is an image of one row.
-        a = a[:, :, None]
-        kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
-    return F.unfold(a, kernel, dilation, 0, stride).mT
-
-
-def _padded(convolution, a):
-    """The input of a convolution with its margin."""
-    margin = convolution._reversed_padding_repeated_twice
-    if convolution.padding_mode != "zeros":
-        return F.pad(a, margin, convolution.padding_mode)
-    if not isinstance(convolution.padding, str):
-        # Of each axis both ends, and the last axis first.
-        margin = torch.tensor(convolution.padding).flip(0).repeat_interleave(2).tolist()
-    return F.pad(a, margin)
-
-
-def _convolution_gradients(layer, b):
-    """(N, O, ...) the gradients of a convolution's weight, for one cotangent b of each sample.
-
-    Torch has no such function for single samples. But N samples side by side are one image of N
-    groups of channels, and the gradient for that image is all of theirs. It is faster than patches.
-    """
-    convolution, weight = layer.module, layer.module.weight
-    N = len(b)
-    image = _padded(convolution, layer.given).flatten(0, 1)[None]
-    shape = (N * len(weight), *weight.shape[1:])
-    gradient = nn.grad.conv1d_weight if weight.dim() == 3 else nn.grad.conv2d_weight
-    return gradient(image, shape, b.flatten(0, 1)[None], convolution.stride, 0,
-                    convolution.dilation, N)
-
-
-def _normalised(norm, a):
-    """What a norm makes of its input, before its weight and bias."""
-    if isinstance(norm, nn.GroupNorm):
-        return F.group_norm(a, norm.num_groups, eps=norm.eps)
-    if isinstance(norm, nn.LayerNorm):
-        return F.layer_norm(a, norm.normalized_shape, eps=norm.eps)
-    return F.rms_norm(a, norm.normalized_shape, eps=norm.eps)
-
-
-# --- The forward pass, and what is refused --------------------------------------------------------
-
-def _forward(model, inputs, vectors=None):
-    """The Pass of a batch, with random vectors if none are given."""
-    N = _count(inputs)
-    _require_separate_samples(model)
-    dtype = _one_precision(model)
-    calls = {}
-    handles = []
-
-    def listener(name, module, trained):
-        def listen(_, args, named, z):
-            if not z.requires_grad or z.is_nested:
-                return
-            if z.dtype != dtype:
-                raise ValueError(f"{name} answers in {z.dtype}, and its parameters are {dtype}: "
-                                 "M needs one precision, without autocast")
-            given = [*args, *named.values()][0]
-            # This place in the graph stays z's own, even if z is overwritten later.
-            seen = Seen(module, trained, given.detach().clone(), z.shape, get_gradient_edge(z))
-            calls.setdefault(name, []).append(seen)
-
-        return listen
-
-    try:
-        for name, (module, trained) in _plain_layers(model).items():
-            # First of all hooks, so that it sees what the layer itself gives.
-            handle = module.register_forward_hook(listener(name, module, trained),
-                                                  prepend=True, with_kwargs=True)
-            handles.append(handle)
-        v = _run(model, inputs)
-    finally:
-        # However this ends, the model is left as it was.
-        for handle in handles:
-            handle.remove()
-    _require_output(v, N, dtype)
-    if vectors is None:
-        vectors = _random(torch.randn, v.shape, v, seed=2)
-    layers = {}
-    for name, seen in calls.items():
-        if len(seen) == 1 and _rows_are_samples(seen[0], N):
-            layers[name] = seen[0]
-    return Pass(inputs, v, _like(vectors.detach(), v), layers)
-
-
-def _run(model, inputs):
-    with torch.enable_grad():
-        return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-
-
-def _plain_layers(model):
-    """{name: (layer, its trained parameters)} of LAYERS that do what their type says."""
-    owners = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            owners[p] = owners.get(p, 0) + 1
-    layers = {}
-    for name, module in model.named_modules():
-        if type(module) not in LAYERS or "forward" in vars(module):
-            continue
-        if isinstance(module, CONVOLUTIONS) and module.groups > 1:
-            continue
-        if isinstance(module, nn.Embedding):
-            if module.max_norm is not None or module.scale_grad_by_freq:
-                continue
-        own = dict(module.named_parameters(recurse=False))
-        trained = {which: p for which, p in own.items() if p.requires_grad}
-        shared = any(owners[p] > 1 for p in trained.values())
-        if trained and not shared and own.keys() <= {"weight", "bias"}:
-            layers[name or "the model"] = (module, trained)
-    return layers
-
-
-def _rows_are_samples(layer, N):
-    """Whether the layer saw one row a sample, as far as shapes can tell."""
-    axes = 1
-    if isinstance(layer.module, CONVOLUTIONS):
-        axes = layer.module.weight.dim() - 1
-    if isinstance(layer.module, (nn.LayerNorm, nn.RMSNorm)):
-        axes = len(layer.module.normalized_shape)
-    batched = len(layer.shape) > axes and layer.given.dim() > 0
-    return batched and len(layer.given) == N and layer.shape[0] == N
-
-
-def _one_precision(model):
-    """The type of all parameters that require a gradient: float32 or float64."""
-    names = {p.dtype: name for name, p in _trained(model).items()}
-    if len(names) > 1 or not names.keys() <= {torch.float32, torch.float64}:
-        listed = ", ".join(f"{name} is {dtype}" for dtype, name in names.items())
-        raise ValueError(f"M needs parameters of one precision, float32 or float64, but {listed}")
-    return next(iter(names))
-
-
-def _require_output(v, N, dtype):
-    """Raises ValueError unless v is a tensor with one row a sample that has a gradient."""
-    if not isinstance(v, torch.Tensor):
-        raise ValueError(f"the model returns a {type(v).__name__}, not a tensor; use the clear "
-                         "route, and choose one: interaction_matrix(*ntk.of_module(model, "
-                         "output=...), inputs, residuals)")
-    if v.layout != torch.strided or v.is_nested:
-        raise ValueError("the model returns a sparse or nested tensor; M needs a dense one")
-    if v.dim() == 0 or len(v) != N:
-        raise ValueError(f"the model answers {N} samples with an output of shape {tuple(v.shape)}; "
-                         "the samples must be on its first axis")
-    if v.dtype != dtype:
-        raise ValueError(f"the model answers in {v.dtype}, and its parameters are {dtype}: M needs "
-                         "one precision")
-    _with_gradient(v)
-
-
-def _rest(model, layers):
-    """{name: parameter} of what belongs to no layer taken apart: positions, or tied weights."""
-    covered = set()
-    for layer in layers.values():
-        covered.update(layer.trained.values())
-    return {name: p for name, p in _trained(model).items() if p not in covered}
-
-
-def _rest_gradients(model, rest, batch, vectors):
-    """(N, P) the gradients of the rest: by the clear route, or else by N backward passes."""
-    try:
-        f, params = of_module(model)
-        params = {name: params[name] for name in rest}
-        return per_sample_gradients(f, params, batch.inputs, vectors)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
-        # Not every model can be called again, and with one sample: random numbers, a fixed batch.
-        pass
-    rows = []
-    for i in range(len(batch.v)):
-        of_one = torch.zeros_like(vectors)
-        of_one[i] = vectors[i]
-        rows.append(_flat_gradient(batch.v, list(rest.values()), of_one))
-    return torch.stack(rows)
-
-
-def _listed(rest):
-    """The first names of the rest."""
-    names = list(rest)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _random(kind, shape, like, seed):
-    """Random numbers from a generator of their own, so that no other random numbers change."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return kind(shape, generator=generator, device="cpu", dtype=like.dtype).to(like.device)
-
-
-# --- The fast route: K ----------------------------------------------------------------------------
-
-@torch.no_grad()
-def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27, check=True):
-    """(N, N, D, D) K_ij of model(*inputs), layer by layer; errors as for M (Eq. 11).
-
-    `chunk` unit vectors go backward at once, for groups of layers that hold at most `hold` numbers.
-    K is checked by M for random vectors, and this M by a backward pass, unless check is False.
-
-    Example, in which the kernel moves while the first layer is scaled:
-        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-        inputs = (torch.randn(3, 4),)
-        K_start = ntk.fast_ntk_blocks(model, inputs)               # (3, 3, 2, 2)
-        model[0].weight.data *= 1.1
-        drift = ntk.kernel_drift(ntk.fast_ntk_blocks(model, inputs), K_start)      # ()
-    """
-    _positive(chunk)
-    batch = _forward(model, inputs)
-    N, D = len(batch.v), batch.v[0].numel()
-    if check:
-        # First of all: it takes little time, and names the layer if there is something wrong.
-        M = _matrix(model, batch, batch, check)                    # (N, N)
-    K = batch.v.new_zeros(N, D, N, D)                              # (N, D, N, D)
-    for names in _groups(batch, hold):
-        factors = _unit_factors(batch, names, chunk)
-        # Taken out of the dict, so that its memory is free before the next one is used.
-        while factors:
-            _, (a, b) = factors.popitem()
-            _add_share(K, a, b)
-    rest = _rest(model, batch.layers)
-    if rest:
-        _add_share(K, None, _unit_rest(model, rest, batch, chunk))
-    _mirror(K.view(N * D, N * D))
-    if check:
-        _require_same(K, batch.r.view(N, D), M)
-    return K.transpose(1, 2)                                       # (N, N, D, D)
-
-
-def _groups(batch, hold):
-    """Lists of layers' names, from the output on, so that the first backward passes are short."""
-    N, D = len(batch.v), batch.v[0].numel()
-    groups, held = [[]], 0
-    for name, layer in reversed(batch.layers.items()):
-        size = D * layer.shape.numel()
-        if not _grams_are_cheaper(layer, N, D):
-            size = N * D * sum(p.numel() for p in layer.trained.values())
-        if groups[-1] and held + size > hold:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += size
-    return groups
-
-
-def _unit_factors(batch, names, chunk):
-    """{name: the layer's factors} for all D unit vectors at the output, as in _factors (C = D)."""
-    N, D = len(batch.v), batch.v[0].numel()
-    kept = {}
-
-    def back(vectors):
-        return tuple(_cotangents(batch, names, vectors).values())
-
-    for start, unit in zip(range(0, D, chunk), _unit_vectors(batch.v).split(chunk)):
-        some = slice(start, start + len(unit))
-        found = dict(zip(names, _for_each(back, unit)))
-        for name in names:
-            layer = batch.layers[name]
-            by_grams = _grams_are_cheaper(layer, N, D)
-            a, b = _factors(layer, found.pop(name).transpose(0, 1), by_grams)
-            if name not in kept:
-                kept[name] = (a, b.new_empty(N, D, *b.shape[2:]))
-            kept[name][1][:, some] = b
-    return kept
-
-
-def _unit_vectors(v):
-    """(D, N, ...) one vector for each of the D outputs: 1 there, for every sample."""
-    D = v[0].numel()
-    unit = torch.eye(D, dtype=v.dtype, device=v.device)            # (D, D)
-    return unit.view(D, 1, *v.shape[1:]).expand(D, *v.shape)
-
-
-def _unit_rest(model, rest, batch, chunk):
-    """(N, D, P) the rest's part of each Jacobian."""
-    def back(vectors):
-        return _rest_gradients(model, rest, batch, vectors)
-
-    rows = [_for_each(back, unit) for unit in _unit_vectors(batch.v).split(chunk)]
-    return torch.cat(rows).transpose(0, 1)
-
-
-def _add_share(K, a, b, block=256):
-    """Adds a layer's share to K (N, D, N, D), only on and below the diagonal: K is symmetric.
-
-    It goes in place and by blocks of columns, so that little memory is needed beside K.
-    """
-    N, D = b.shape[:2]
-    if a is None:
-        G = b.flatten(0, 1)                                        # (ND, P)
-        K = K.view(N * D, N * D)                                   # (ND, ND)
-        for start in range(0, N * D, block):
-            K[start:, start:start + block].addmm_(G[start:], G[start:start + block].T)
-        return
-    for i in range(N):
-        # <a_js, a_it> for all samples j from i on: a row for each (j, s), a column for each t.
-        A = (a[i:] @ a[i].T).flatten(0, 1)
-        for start in range(0, D, block):
-            some = slice(start, start + block)
-            # sum_t <a_js, a_it> b_it, for the unit vectors of these columns: (columns, j, s O).
-            weighted = (A @ b[i, some]).unflatten(1, (N - i, -1)).flatten(2)
-            K[i, start:, i, some].addmm_(b[i, start:].flatten(1), weighted[:, 0].T)
-            for j in range(i + 1, N):
-                K[j, :, i, some].addmm_(b[j].flatten(1), weighted[:, j - i].T)
-
-
-def _mirror(K, block=256):
-    """Fills the upper half of a symmetric matrix from its lower half, in place."""
-    for start in range(0, len(K), block):
-        end = start + block
-        own = K[start:end, start:end]
-        own.copy_(own.tril() + own.tril(-1).T)
-        K[start:end, end:] = K[end:, start:end].T
-
-
-def _require_same(K, r, M):
-    """Raises ValueError unless r_i^T K_ij r_j = M_ij (Eq. 12)."""
-    by_kernel = torch.einsum("idje,je->ijd", K, r)
-    by_kernel = torch.einsum("ijd,id->ij", by_kernel, r)           # (N, N)
-    eps = torch.finfo(M.dtype).eps
-    length = M.diagonal().sqrt()                                   # (N,)
-    # Half of the digits must agree, measured by the lengths of the gradients.
-    allowed = math.sqrt(eps) * length[:, None] * length + eps * M.trace()
-    gap = (by_kernel - M).abs()                                    # (N, N)
-    if not (gap <= allowed).all():
-        raise ValueError("K would be wrong: for random vectors r, r_i^T K_ij r_j differs from M "
-                         f"by up to {gap.max():.4g}, where M is up to {M.abs().max():.4g}; use the "
-                         "clear route: ntk_blocks(*of_module(model), inputs)")
-
-
 # --- What the kernel says about training ----------------------------------------------------------
 # All of it is for plain gradient descent, in infinitely small steps of the time tau, on the loss
 # L = 1/(2N) sum_i |r_i|^2. Some steps of size eta on the training loss, 2/D times L, are the time
@@ -1258,6 +381,906 @@ def step_noise(M, a):
     squared = torch.einsum("si,ij,sj->s", a, M, a)                 # (S,)
     mean = a.mean(0)                                               # (N,)
     return squared.mean(), mean @ M @ mean
+
+
+# --- The fast route: M, layer by layer ------------------------------------------------------------
+# Most layers apply one matrix at several places t: z_t = W a_t. A Linear layer has a place for each
+# token, a convolution one for each patch of the image that it sees, an Embedding one for each word
+# (its a_t is one-hot). A bias is a column of W whose input is always 1. The gradient of a sample is
+# then sum_t b_t a_t^T, and one_linear_layer's identity becomes
+#     <g_i, g_j> = sum_ts <a_it, a_js> <b_it, b_js>.
+# (Novak et al. 2022 call this structured derivatives.) M is the sum of its layers' shares.
+# All other parameters go by the clear route, and if it cannot run the model, by N backward passes.
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *NORMS)
+
+USE_CLEAR = "use the clear route: interaction_matrix(*of_module(model), inputs, residuals)"
+
+
+class Seen(NamedTuple):
+    """What one layer saw in a forward pass."""
+
+    module: nn.Module
+    trained: dict              # its own parameters that require a gradient, by name
+    given: torch.Tensor        # its input
+    version: int               # how often the input had been overwritten until then
+    shape: torch.Size          # of its output
+    edge: object               # its output's place in autograd's graph
+
+
+class Pass(NamedTuple):
+    """A batch's forward pass."""
+
+    inputs: object
+    v: torch.Tensor            # the output
+    r: torch.Tensor            # the residuals, or random vectors in their place (for K)
+    layers: dict               # {name: Seen} of the layers that are taken apart
+
+
+class Share(NamedTuple):
+    """What some parameters, mostly those of one layer, add to M."""
+
+    name: str
+    params: list
+    products: torch.Tensor     # the inner products of their gradients
+
+
+@torch.no_grad()
+def fast_interaction_matrix(model, inputs, residuals, columns=None, check=True):
+    """(N, N) M of model(*inputs) for residuals (N, *output shape), without any Jacobian (Eq. 12).
+
+    M is over the parameters that require a gradient. With columns = (inputs, residuals) of a second
+    batch of N2 samples it is (N, N2): its rows are evaluated, its columns are trained on (Eq. 22).
+    It is checked by one backward pass, unless check is False, and the last sample is answered
+    alone, to see whether the samples depend on each other. Raises ValueError where M would be
+    wrong, with the layer and, where that can be told, the cause.
+
+    Example, with inputs x, residuals r and a second batch:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        x, r = torch.randn(3, 4), torch.randn(3, 2)
+        M = ntk.fast_interaction_matrix(model, (x,), r)            # (3, 3)
+        columns = ((torch.randn(5, 4),), torch.randn(5, 2))
+        M = ntk.fast_interaction_matrix(model, (x,), r, columns)   # (3, 5)
+    """
+    _require_as_many(residuals, inputs)
+    rows = _forward(model, inputs, residuals)
+    if columns is None:
+        return _matrix(model, rows, rows, check)
+    _require_pair(columns)
+    return _matrix(model, rows, _forward(model, *columns), check)
+
+
+def _matrix(model, rows, columns, check):
+    """(N, N2) M of one pass with itself, or with another: the sum of its shares."""
+    shares = _shares(model, rows, columns)
+    if check:
+        _check_alone(model, rows)
+        if columns is not rows:
+            _check_alone(model, columns)
+        _check_by_backward(shares, rows, columns)
+    return sum(share.products for share in shares)
+
+
+def _shares(model, rows, columns):
+    """[Share]: one for each layer that is taken apart, and one for all other parameters."""
+    batches = [rows] if columns is rows else [rows, columns]
+    layers = {name: seen for name, seen in rows.layers.items() if name in columns.layers}
+    cotangents = [_cotangents(batch, list(layers), batch.r) for batch in batches]
+    shares = []
+    for name, layer in layers.items():
+        by_grams = _grams_are_cheaper(layer, len(rows.v), 1)
+        factors = []
+        for batch, b in zip(batches, cotangents):
+            factors.append(_factors(batch.layers[name], b[name][None], by_grams))
+        products = _inner_products(factors[0], factors[-1])        # (N, N2)
+        shares.append(Share(name, list(layer.trained.values()), products))
+    rest = _rest(model, layers)
+    if rest:
+        G = [_rest_gradients(model, rest, batch, batch.r) for batch in batches]
+        shares.append(Share(_listed(rest), list(rest.values()), G[0] @ G[-1].T))
+    return shares
+
+
+def _check_by_backward(shares, rows, columns):
+    """Raises ValueError unless s^T M s = |sum_i s_i g_i|^2 for random weights s: Eq. 13 at work.
+
+    The right side takes one ordinary backward pass, which begins with the vectors s_i r_i. (With
+    equal weights a layer could pass whose rows are not the samples.) It is done share by share.
+    With a second batch it is s^T M s' = <sum_i s_i g_i, sum_j s'_j g'_j>.
+    """
+    params = [p for share in shares for p in share.params]
+    s, g = _weighted_gradient(params, rows, seed=0)
+    s_columns, g_columns = s, g
+    if columns is not rows:
+        s_columns, g_columns = _weighted_gradient(params, columns, seed=1)
+    sides = []
+    for _, own, M in shares:
+        by_share = s @ M @ s_columns
+        by_gradient = sum((g[p] * g_columns[p]).sum() for p in own)
+        # How large the terms are of which both sides are sums: rounding is measured by it.
+        size = s.abs() @ M.abs() @ s_columns.abs() + by_gradient.abs()
+        sides.append(torch.stack([by_share, by_gradient, size]))
+    _require_equal_sides(shares, torch.stack(sides), columns is rows)
+
+
+def _weighted_gradient(params, batch, seed):
+    """Random weights s (N,), and {parameter: sum_i s_i g_i}."""
+    s = _random(torch.rand, (len(batch.v),), batch.v, seed)        # (N,)
+    # Signs, so that nothing agrees by chance, and sizes from 1 to 2, so that every sample counts.
+    s = 2 * s - 1
+    s = s + s.sign()
+    vectors = batch.r * s.view(-1, *[1] * (batch.v.dim() - 1))     # (N, ...)
+    g = _gradient(batch.v, params, vectors, materialize_grads=True)
+    return s, dict(zip(params, g))
+
+
+def _cotangents(batch, names, vectors):
+    """{name: the cotangent of the layer's output}, back from vectors (N, ...) at the output v."""
+    if not names:
+        return {}
+    edges = [batch.layers[name].edge for name in names]
+    found = _gradient(batch.v, edges, vectors)
+    cotangents = {}
+    for name, b in zip(names, found):
+        # None says that the layer does not reach the output.
+        cotangents[name] = batch.v.new_zeros(batch.layers[name].shape) if b is None else b
+    return cotangents
+
+
+def _factors(layer, cotangents, by_grams):
+    """The gradients of one layer for C cotangents of each sample's output, given as (C, N, ...).
+
+    Either as the factors a (N, T, I) and b (N, C, T, O) of the gradients sum_t b_t a_t^T, or
+    multiplied out, as None and the gradients (N, C, P).
+    """
+    module = layer.module
+    C, N = cotangents.shape[:2]
+    b = _places(module, cotangents.flatten(0, 1))                  # (CN, T, O)
+    b = b.unflatten(0, (C, N)).transpose(0, 1)                     # (N, C, T, O)
+    if by_grams:
+        a = _inputs(layer)                                         # (N, T, I)
+        if "bias" in layer.trained:
+            a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
+        return a, b
+    gradients = []
+    if "weight" in layer.trained:
+        if isinstance(module, NORMS):
+            # A norm multiplies each channel by its weight: a matrix that is diagonal.
+            a = _places(module, _normalised(module, layer.given))  # (N, T, O)
+            g = torch.einsum("nto,ncto->nco", a, b)
+        elif isinstance(module, CONVOLUTIONS) and C == 1:
+            g = _convolution_gradients(layer, cotangents[0])
+        else:
+            # The sums of outer products of all cotangents, as one product of matrices a sample.
+            g = b.mT.flatten(1, 2) @ _inputs(layer)                # (N, CO, I)
+        gradients.append(g.reshape(N, C, -1))
+    if "bias" in layer.trained:
+        gradients.append(b.sum(2))
+    return None, torch.cat(gradients, -1)
+
+
+def _inner_products(rows, columns):
+    """(N, N2) <g_i, g'_j> from the factors of two batches, with one cotangent a sample (C = 1)."""
+    (a, b), (a_columns, b_columns) = rows, columns
+    b, b_columns = b[:, 0], b_columns[:, 0]
+    # In bands of rows: all pairs of places at once would need too much memory.
+    band = 64
+    if a is not None:
+        pairs_of_one_row = a.shape[1] * a_columns.shape[1] * len(a_columns)
+        band = max(1, min(32, 2**24 // pairs_of_one_row))
+    symmetric = columns is rows
+    M = b.new_zeros(len(b), len(b_columns))                        # (N, N2)
+    for i in range(0, len(b), band):
+        some = slice(i, i + band)
+        first = i if symmetric else 0
+        if a is None:
+            M[some, first:] = b[some] @ b_columns[first:].T
+        else:
+            inner = torch.tensordot(a[some], a_columns[first:], ([2], [2]))
+            inner *= torch.tensordot(b[some], b_columns[first:], ([2], [2]))
+            M[some, first:] = inner.sum((1, 3))
+    return M.triu() + M.triu(1).T if symmetric else M
+
+
+def _grams_are_cheaper(layer, N, C):
+    """Whether Gram matrices take fewer multiplications than gradients, for N samples."""
+    if isinstance(layer.module, NORMS) or "weight" not in layer.trained:
+        return False
+    O, I = layer.module.weight.flatten(1).shape
+    if isinstance(layer.module, nn.Embedding):
+        I, O = O, I
+    T = layer.shape.numel() // (N * O)
+    # Gradients: T outer products each, then their pairs. Grams: <a_it, a_js>, what it makes of b,
+    # then pairs. Of N samples each has N / 2 pairs, since M and K are symmetric.
+    gradients = C * T * I * O + N / 2 * C * C * I * O
+    grams = N / 2 * (T * T * I + C * T * T * O + C * C * T * O)
+    return grams < gradients
+
+
+# --- What a layer is at its places t --------------------------------------------------------------
+
+def _places(module, z):
+    """(N, T, O) a layer's output, or what has its shape, at the T places of each sample."""
+    if isinstance(module, (*CONVOLUTIONS, nn.GroupNorm)):
+        # Their channels come first.
+        return z.reshape(*z.shape[:2], -1).mT
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        z = z.flatten(-len(module.normalized_shape))
+    return z.reshape(len(z), -1, z.shape[-1])
+
+
+def _inputs(layer):
+    """(N, T, I) the inputs a_t of a layer that applies a matrix."""
+    module, a = layer.module, layer.given
+    if isinstance(module, CONVOLUTIONS):
+        a = _patches(module, a)
+    elif isinstance(module, nn.Embedding):
+        a = F.one_hot(a.long(), module.num_embeddings).to(module.weight.dtype)
+        if module.padding_idx is not None:
+            # The word that pads gets no gradient.
+            a[..., module.padding_idx] = 0
+    return a.reshape(len(a), -1, a.shape[-1])
+
+
+def _patches(convolution, a):
+    """(N, T, I) the patches that a convolution sees, one for each place of its output."""
+    a = _padded(convolution, a)
+    kernel, dilation, stride = convolution.kernel_size, convolution.dilation, convolution.stride
+    if isinstance(convolution, nn.Conv1d):
+        # A sequence is an image of one row.
+        a = a[:, :, None]
+        kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
+    return F.unfold(a, kernel, dilation, 0, stride).mT
+
+
+def _padded(convolution, a):
+    """The input of a convolution with its margin."""
+    margin = convolution._reversed_padding_repeated_twice
+    if convolution.padding_mode != "zeros":
+        return F.pad(a, margin, convolution.padding_mode)
+    if not isinstance(convolution.padding, str):
+        # Of each axis both ends, and the last axis first.
+        margin = torch.tensor(convolution.padding).flip(0).repeat_interleave(2).tolist()
+    return F.pad(a, margin)
+
+
+def _convolution_gradients(layer, b):
+    """(N, O, ...) the gradients of a convolution's weight, for one cotangent b of each sample.
+
+    Torch has no such function for single samples. But N samples side by side are one image of N
+    groups of channels, and the gradient for that image is all of theirs. It is faster than patches.
+    """
+    convolution, weight = layer.module, layer.module.weight
+    N = len(b)
+    image = _padded(convolution, layer.given).flatten(0, 1)[None]
+    shape = (N * len(weight), *weight.shape[1:])
+    gradient = nn.grad.conv1d_weight if weight.dim() == 3 else nn.grad.conv2d_weight
+    return gradient(image, shape, b.flatten(0, 1)[None], convolution.stride, 0,
+                    convolution.dilation, N)
+
+
+def _normalised(norm, a):
+    """What a norm makes of its input, before its weight and bias."""
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(a, norm.num_groups, eps=norm.eps)
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(a, norm.normalized_shape, eps=norm.eps)
+    return F.rms_norm(a, norm.normalized_shape, eps=norm.eps)
+
+
+# --- The fast route: K ----------------------------------------------------------------------------
+
+@torch.no_grad()
+def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27, check=True):
+    """(N, N, D, D) K_ij of model(*inputs), layer by layer; errors as for M (Eq. 11).
+
+    `chunk` unit vectors go backward at once, for groups of layers that hold at most `hold` numbers.
+    K is checked by M for random vectors, and this M by a backward pass, unless check is False.
+
+    Example, in which the kernel moves while the first layer is scaled:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        inputs = (torch.randn(3, 4),)
+        K_start = ntk.fast_ntk_blocks(model, inputs)               # (3, 3, 2, 2)
+        model[0].weight.data *= 1.1
+        drift = ntk.kernel_drift(ntk.fast_ntk_blocks(model, inputs), K_start)      # ()
+    """
+    _positive(chunk)
+    batch = _forward(model, inputs)
+    N, D = len(batch.v), batch.v[0].numel()
+    if check:
+        # First of all: it takes little time, and names the layer if there is something wrong.
+        M = _matrix(model, batch, batch, check)                    # (N, N)
+    K = batch.v.new_zeros(N, D, N, D)                              # (N, D, N, D)
+    for names in _groups(batch, hold):
+        factors = _unit_factors(batch, names, chunk)
+        # Taken out of the dict, so that its memory is free before the next one is used.
+        while factors:
+            _, (a, b) = factors.popitem()
+            _add_share(K, a, b)
+    rest = _rest(model, batch.layers)
+    if rest:
+        _add_share(K, None, _unit_rest(model, rest, batch, chunk))
+    _mirror(K.view(N * D, N * D))
+    if check:
+        _require_same(K, batch.r.view(N, D), M)
+    return K.transpose(1, 2)                                       # (N, N, D, D)
+
+
+def _groups(batch, hold):
+    """Lists of layers' names, from the output on, so that the first backward passes are short."""
+    N, D = len(batch.v), batch.v[0].numel()
+    groups, held = [[]], 0
+    for name, layer in reversed(batch.layers.items()):
+        size = D * layer.shape.numel()
+        if not _grams_are_cheaper(layer, N, D):
+            size = N * D * sum(p.numel() for p in layer.trained.values())
+        if groups[-1] and held + size > hold:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def _unit_factors(batch, names, chunk):
+    """{name: the layer's factors} for all D unit vectors at the output, as in _factors (C = D)."""
+    N, D = len(batch.v), batch.v[0].numel()
+    kept = {}
+
+    def back(vectors):
+        return tuple(_cotangents(batch, names, vectors).values())
+
+    for start, unit in zip(range(0, D, chunk), _unit_vectors(batch.v).split(chunk)):
+        some = slice(start, start + len(unit))
+        found = dict(zip(names, _for_each(back, unit)))
+        for name in names:
+            layer = batch.layers[name]
+            by_grams = _grams_are_cheaper(layer, N, D)
+            a, b = _factors(layer, found.pop(name), by_grams)
+            if name not in kept:
+                kept[name] = (a, b.new_empty(N, D, *b.shape[2:]))
+            kept[name][1][:, some] = b
+    return kept
+
+
+def _unit_rest(model, rest, batch, chunk):
+    """(N, D, P) the rest's part of each Jacobian."""
+    def back(vectors):
+        return _rest_gradients(model, rest, batch, vectors)
+
+    rows = [_for_each(back, unit) for unit in _unit_vectors(batch.v).split(chunk)]
+    return torch.cat(rows).transpose(0, 1)
+
+
+def _add_share(K, a, b, block=256):
+    """Adds a layer's share to K (N, D, N, D), only on and below the diagonal: K is symmetric.
+
+    It goes in place and by blocks of columns, so that little memory is needed beside K.
+    """
+    N, D = b.shape[:2]
+    if a is None:
+        G = b.flatten(0, 1)                                        # (ND, P)
+        K = K.view(N * D, N * D)                                   # (ND, ND)
+        for start in range(0, N * D, block):
+            K[start:, start:start + block].addmm_(G[start:], G[start:start + block].T)
+        return
+    for i in range(N):
+        # <a_js, a_it> for all samples j from i on: a row for each (j, s), a column for each t.
+        A = (a[i:] @ a[i].T).flatten(0, 1)
+        for start in range(0, D, block):
+            some = slice(start, start + block)
+            # sum_t <a_js, a_it> b_it, for the unit vectors of these columns: (columns, j, s O).
+            weighted = (A @ b[i, some]).unflatten(1, (N - i, -1)).flatten(2)
+            K[i, start:, i, some].addmm_(b[i, start:].flatten(1), weighted[:, 0].T)
+            for j in range(i + 1, N):
+                K[j, :, i, some].addmm_(b[j].flatten(1), weighted[:, j - i].T)
+
+
+def _mirror(K, block=256):
+    """Fills the upper half of a symmetric matrix from its lower half, in place."""
+    for start in range(0, len(K), block):
+        end = start + block
+        own = K[start:end, start:end]
+        own.copy_(own.tril() + own.tril(-1).T)
+        K[start:end, end:] = K[end:, start:end].T
+
+
+def _require_same(K, r, M):
+    """Raises ValueError unless r_i^T K_ij r_j = M_ij (Eq. 12)."""
+    by_kernel = torch.einsum("idje,je->ijd", K, r)
+    by_kernel = torch.einsum("ijd,id->ij", by_kernel, r)           # (N, N)
+    eps = torch.finfo(M.dtype).eps
+    length = M.diagonal().sqrt()                                   # (N,)
+    # Half of the digits must agree, measured by the lengths of the gradients.
+    allowed = math.sqrt(eps) * length[:, None] * length + eps * M.trace()
+    gap = (by_kernel - M).abs()                                    # (N, N)
+    if not (gap <= allowed).all():
+        raise ValueError("K would be wrong: for random vectors r, r_i^T K_ij r_j differs from M "
+                         f"by up to {gap.max():.4g}, where M is up to {M.abs().max():.4g}; use the "
+                         "clear route: ntk_blocks(*of_module(model), inputs)")
+
+
+# --- The fast route: one forward pass, and what its layers saw ------------------------------------
+
+def _forward(model, inputs, vectors=None):
+    """The Pass of a batch, with random vectors if none are given."""
+    N = _count(inputs)
+    _require_separate_samples(model)
+    dtype = _one_precision(model)
+    calls = {}
+    handles = []
+
+    def listener(name, module, trained):
+        def listen(_, args, named, z):
+            if not z.requires_grad or z.is_nested:
+                return
+            if z.dtype != dtype:
+                raise ValueError(f"{name} answers in {z.dtype}, and its parameters are {dtype}: "
+                                 "M needs one precision, without autocast")
+            given = [*args, *named.values()][0]
+            # This place in the graph stays z's own, even if z is overwritten later.
+            seen = Seen(module, trained, given.detach(), given._version, z.shape,
+                        get_gradient_edge(z))
+            calls.setdefault(name, []).append(seen)
+
+        return listen
+
+    try:
+        for name, (module, trained) in _plain_layers(model).items():
+            # First of all hooks, so that it sees what the layer itself gives.
+            handle = module.register_forward_hook(listener(name, module, trained),
+                                                  prepend=True, with_kwargs=True)
+            handles.append(handle)
+        v = _run(model, inputs)
+    finally:
+        # However this ends, the model is left as it was.
+        for handle in handles:
+            handle.remove()
+    _require_output(v, N, dtype)
+    if vectors is None:
+        vectors = _random(torch.randn, v.shape, v, seed=2)
+    layers = {}
+    for name, seen in calls.items():
+        _require_untouched(name, seen)
+        if len(seen) == 1 and _rows_are_samples(seen[0], N):
+            layers[name] = seen[0]
+    return Pass(inputs, v, _like(vectors.detach(), v), layers)
+
+
+def _run(model, inputs):
+    with torch.enable_grad():
+        return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def _plain_layers(model):
+    """{name: (layer, its trained parameters)} of LAYERS that do what their type says."""
+    owners = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners[p] = owners.get(p, 0) + 1
+    layers = {}
+    for name, module in model.named_modules():
+        if type(module) not in LAYERS or "forward" in vars(module):
+            continue
+        if isinstance(module, CONVOLUTIONS) and module.groups > 1:
+            continue
+        if isinstance(module, nn.Embedding):
+            if module.max_norm is not None or module.scale_grad_by_freq:
+                continue
+        own = dict(module.named_parameters(recurse=False))
+        trained = {which: p for which, p in own.items() if p.requires_grad}
+        shared = any(owners[p] > 1 for p in trained.values())
+        if trained and not shared and own.keys() <= {"weight", "bias"}:
+            layers[name or "the model"] = (module, trained)
+    return layers
+
+
+def _rows_are_samples(layer, N):
+    """Whether the layer saw one row a sample, as far as shapes can tell."""
+    axes = 1
+    if isinstance(layer.module, CONVOLUTIONS):
+        axes = layer.module.weight.dim() - 1
+    if isinstance(layer.module, (nn.LayerNorm, nn.RMSNorm)):
+        axes = len(layer.module.normalized_shape)
+    batched = len(layer.shape) > axes and layer.given.dim() > 0
+    return batched and len(layer.given) == N and layer.shape[0] == N
+
+
+def _rest(model, layers):
+    """{name: parameter} of what belongs to no layer taken apart: positions, or tied weights."""
+    covered = set()
+    for layer in layers.values():
+        covered.update(layer.trained.values())
+    return {name: p for name, p in _trained(model).items() if p not in covered}
+
+
+def _rest_gradients(model, rest, batch, vectors):
+    """(N, P) the gradients of the rest: by the clear route, or else by N backward passes."""
+    try:
+        f, params = of_module(model)
+        params = {name: params[name] for name in rest}
+        return per_sample_gradients(f, params, batch.inputs, vectors)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        # Not every model can be called again, and with one sample: random numbers, a fixed batch.
+        pass
+    rows = []
+    for i in range(len(batch.v)):
+        of_one = torch.zeros_like(vectors)
+        of_one[i] = vectors[i]
+        rows.append(_flat_gradient(batch.v, list(rest.values()), of_one))
+    return torch.stack(rows)
+
+
+def _listed(rest):
+    """The first names of the rest."""
+    names = list(rest)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _check_alone(model, batch):
+    """Raises ValueError if the last sample alone has another answer than in its batch.
+
+    The gradient need not show that samples depend on each other: think of a mean that is detached.
+    """
+    N = len(batch.v)
+    if N == 1:
+        return
+    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    # A third of the digits must agree, of the parameters that have the fewest.
+    allowed = eps ** (1 / 3) * batch.v.nan_to_num().norm().item() / math.sqrt(N)
+
+    def alone():
+        try:
+            v = _run(model, _take(batch.inputs, [-1]))
+        except Exception:
+            # Some layers want two samples.
+            v = _run(model, _take(batch.inputs, [-1, -1]))[0]
+        return v.detach().flatten()
+
+    def same(v, other, allowed):
+        return len(v) == len(other) and torch.allclose(v, other, 0, allowed, equal_nan=True)
+
+    with _other_random_numbers():
+        try:
+            v = alone()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError("the model fails for one sample alone, so that its samples seem to "
+                             f"depend on each other: {_first_line(error)}") from error
+        # If it differs, a second answer tells whether it is merely random.
+        if not same(v, batch.v[-1].flatten(), allowed) and same(v, alone(), 0):
+            raise ValueError("the last sample alone has another answer than in its batch: the "
+                             "samples depend on each other, so that none has a gradient of its own "
+                             "(or few digits are computed, as with autocast)")
+
+
+# --- Helpers of both routes -----------------------------------------------------------------------
+
+def _unit_vectors_of(f, params, inputs):
+    """(D, N, ...) one vector for each of f's D outputs: 1 there, for every sample."""
+    N = _count(inputs)
+    # Some modules go another way in no_grad.
+    with torch.enable_grad():
+        v = _call(f, params, _take(inputs, 0)).detach()
+    return _unit_vectors(v.expand(N, *v.shape))
+
+
+def _unit_vectors(v):
+    """(D, N, ...) one vector for each of the D outputs: 1 there, for every sample."""
+    D = v[0].numel()
+    unit = torch.eye(D, dtype=v.dtype, device=v.device)            # (D, D)
+    return unit.view(D, 1, *v.shape[1:]).expand(D, *v.shape)
+
+
+def _rows_of_jacobians(f, params, inputs, unit):
+    """(c, N, P) the rows of every sample's Jacobian that c of the unit vectors stand for."""
+    def row_of_each_jacobian(vectors):
+        return per_sample_gradients(f, params, inputs, vectors)
+
+    J = _for_each(row_of_each_jacobian, unit)
+    # Torch runs some backward passes wrongly with several vectors at once (in 2.14 that of cdist).
+    # They are linear, so that a random sum of the rows shows it.
+    s = _random(torch.randn, unit.shape[:1], J, seed=3)
+    row = row_of_each_jacobian(torch.tensordot(s.to(unit), unit, 1))
+    if (torch.tensordot(s, J, 1) - row).norm() <= math.sqrt(torch.finfo(J.dtype).eps) * J.norm():
+        return J
+    return torch.stack([row_of_each_jacobian(vectors) for vectors in unit])
+
+
+def _for_each(function, vectors):
+    """The function of each of the vectors: of all at once, or in a loop if that is impossible."""
+    try:
+        return vmap(function)(vectors)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError):
+        pass
+    found = [function(vector) for vector in vectors]
+    if isinstance(found[0], torch.Tensor):
+        return torch.stack(found)
+    return [torch.stack(several) for several in zip(*found)]
+
+
+def _one_after_another(f, params, inputs, vectors):
+    """per_sample_gradients in a plain loop."""
+    weights = {name: p.detach().requires_grad_() for name, p in params.items()}
+    rows = []
+    with _other_random_numbers() as were_drawn, torch.enable_grad():
+        for i, vector in enumerate(vectors):
+            v = _with_gradient(_call(f, weights, _take(inputs, i)))
+            vector = _like(vector[None], v[None])[0]
+            rows.append(_flat_gradient(v, list(weights.values()), vector))
+        if were_drawn():
+            raise ValueError("f draws random numbers (dropout?), others each time; call eval()")
+    return torch.stack(rows)
+
+
+def _flat_gradient(v, params, vectors):
+    """(P,) the gradient of <vectors, v>."""
+    g = _gradient(v, params, vectors, materialize_grads=True)
+    # That of an Embedding may be sparse.
+    return torch.cat([(one.to_dense() if one.is_sparse else one).flatten() for one in g])
+
+
+def _gradient(v, places, vectors, **options):
+    """The gradients of <vectors, v> at some places of the graph, which is kept."""
+    try:
+        return torch.autograd.grad(v, places, vectors, retain_graph=True, allow_unused=True,
+                                   **options)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise ValueError("a checkpoint in the model needs use_reentrant=False") from error
+        raise
+
+
+def _call(f, params, sample):
+    """f of one sample, whose inputs are a tuple, or a dict if they are given by name."""
+    v = f(params, **sample) if isinstance(sample, dict) else f(params, *sample)
+    if not isinstance(v, torch.Tensor):
+        raise ValueError(f"f must return a tensor, not a {type(v).__name__}")
+    return v
+
+
+def _one_tensor(v, output):
+    """(1, ...) a model's output for one sample as one tensor, whatever it returns: of_module."""
+    kind = type(v).__name__
+    if output is not None and not isinstance(v, torch.Tensor):
+        try:
+            v = v[output]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"the model returns a {kind} that has no {output!r}") from None
+    several = isinstance(v, (dict, tuple, list))
+    values = v.values() if isinstance(v, dict) else v if several else [v]
+    tensors = [z for z in values if isinstance(z, torch.Tensor)]
+    if not tensors:
+        raise ValueError(f"the model returns a {kind}, not a tensor, or a dict or tuple of tensors")
+    for z in tensors:
+        if z.dim() == 0 or len(z) != 1:
+            raise ValueError(f"the model answers one sample with the shape {tuple(z.shape)}; the "
+                             "samples must be on its first axis (of a dict or tuple, `output` "
+                             "chooses one)")
+    return torch.cat([z.flatten(1) for z in tensors], 1) if several else v
+
+
+def _all_names(model):
+    """{name: first name} of every trained parameter: one that is tied has several names."""
+    first = {p: name for name, p in _trained(model).items()}
+    names = {}
+    for prefix, module in model.named_modules():
+        for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            if p in first:
+                names[name] = first[p]
+    return names
+
+
+def _parts(inputs, vectors, chunk):
+    """The batch in parts of `chunk` samples (None: in one), as a list of (inputs, vectors)."""
+    _require_as_many(vectors, inputs)
+    N = len(vectors)
+    size = N if chunk is None else _positive(chunk)
+    parts = []
+    for start in range(0, N, size):
+        some = slice(start, start + size)
+        parts.append((_take(inputs, some), vectors[some]))
+    return parts
+
+
+def _take(inputs, some):
+    """Some of the samples: a slice of them, or one, without its axis."""
+    if isinstance(inputs, dict):
+        return {name: z[some] for name, z in inputs.items()}
+    return tuple(z[some] for z in inputs)
+
+
+def _random(kind, shape, like, seed):
+    """Random numbers from a generator of their own, so that no other random numbers change."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return kind(shape, generator=generator, device="cpu", dtype=like.dtype).to(like.device)
+
+
+@contextlib.contextmanager
+def _other_random_numbers():
+    """What is drawn in it changes no random numbers afterwards. It gives whether any were drawn."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+
+    def state():
+        return torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpus)])
+
+    def were_drawn():
+        return not torch.equal(state(), before)
+
+    before = state()
+    with torch.random.fork_rng(gpus):
+        yield were_drawn
+
+
+def _first_line(error):
+    return str(error).partition("\n")[0]
+
+
+# --- What is refused, by name ---------------------------------------------------------------------
+
+def _require_separate_samples(model):
+    """Raises ValueError, with the cause, for a module that neither route can take."""
+    if not isinstance(model, nn.Module):
+        raise ValueError("a torch.nn.Module is needed; a function needs the clear route: "
+                         "interaction_matrix(f, params, inputs, residuals)")
+    for name, module in model.named_modules():
+        name = name or "the model"
+        compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
+        if type(module).__name__ == "OptimizedModule" or compiled_in_place:
+            raise ValueError(f"{name} is compiled, and its layers cannot be seen; give the module "
+                             "as it was before torch.compile")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.training or module.running_mean is None:
+                raise ValueError(f"{name} is a BatchNorm in training: it couples the samples, so "
+                                 "that none has a gradient of its own; call eval() first")
+        if type(module).__name__ == "_SpectralNorm" and module.training:
+            raise ValueError(f"{name} is a spectral_norm in training: each call changes the weight;"
+                             " call eval() first")
+        for own, p in module.named_parameters(recurse=False):
+            if p.requires_grad and p._backward_hooks:
+                raise ValueError(f"{name}: a hook may change the gradient of its {own}; remove it")
+            # Pruning computes `weight` from `weight_orig`, the old weight_norm from `weight_g`.
+            computed = own.rpartition("_")[0]
+            if p.requires_grad and module._forward_pre_hooks and hasattr(module, computed):
+                raise ValueError(f"{name} computes its {computed} from {own} in a hook (pruning, "
+                                 "or an old weight_norm or spectral_norm); make it permanent, or "
+                                 "use torch.nn.utils.parametrizations")
+
+
+def _trained(model):
+    """{name: parameter} of those that require a gradient. Raises ValueError if there is none."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError("no parameter of the model requires a gradient: all are frozen")
+    for name, p in params.items():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name} has no size yet; call the model once before")
+        if p.is_complex():
+            raise ValueError(f"{name} is {p.dtype}, and parameters must be real")
+    return params
+
+
+def _one_precision(model):
+    """The type of all parameters that require a gradient: float32 or float64."""
+    names = {p.dtype: name for name, p in _trained(model).items()}
+    if len(names) > 1 or not names.keys() <= {torch.float32, torch.float64}:
+        listed = ", ".join(f"{name} is {dtype}" for dtype, name in names.items())
+        raise ValueError(f"M needs parameters of one precision, float32 or float64, but {listed}")
+    return next(iter(names))
+
+
+def _require_output(v, N, dtype):
+    """Raises ValueError unless v is a tensor with one row a sample that has a gradient."""
+    if not isinstance(v, torch.Tensor):
+        raise ValueError(f"the model returns a {type(v).__name__}, not a tensor; use the clear "
+                         "route, and choose one: interaction_matrix(*ntk.of_module(model, "
+                         "output=...), inputs, residuals)")
+    if v.layout != torch.strided or v.is_nested:
+        raise ValueError("the model returns a sparse or nested tensor; M needs a dense one")
+    if v.dim() == 0 or len(v) != N:
+        raise ValueError(f"the model answers {N} samples with an output of shape {tuple(v.shape)}; "
+                         "the samples must be on its first axis")
+    if v.dtype != dtype:
+        raise ValueError(f"the model answers in {v.dtype}, and its parameters are {dtype}: M needs "
+                         "one precision")
+    _with_gradient(v)
+
+
+def _require_untouched(name, seen):
+    """Raises ValueError if an input of the layer was overwritten after its call."""
+    for one in seen:
+        if "weight" in one.trained and one.given._version != one.version:
+            raise ValueError(f"{name}: its input is overwritten in place after its call, so that no"
+                             " backward pass can find it")
+
+
+def _require_equal_sides(shares, sides, one_batch):
+    """Raises ValueError, with the share, unless both sides of _check_by_backward are equal.
+
+    sides is (shares, 3): what the share says, what the gradient says, and how large their terms
+    are.
+    """
+    left, right = "s^T M s", "|sum_i s_i g_i|^2"
+    if not one_batch:
+        left, right = "s^T M s'", "<sum_i s_i g_i, sum_j s'_j g'_j>"
+    eps = torch.finfo(sides.dtype).eps
+    sides = sides.tolist()
+    total = sum(size for _, _, size in sides)
+    for share, (by_share, by_gradient, size) in zip(shares, sides):
+        gap = abs(by_share - by_gradient)
+        if not math.isfinite(gap):
+            raise ValueError(f"{share.name}: its share of M is not finite; look for inf and nan in "
+                             "inputs, residuals, parameters and outputs")
+        # Two thirds of the digits must agree, down to what is rounded away in the whole M.
+        if gap > eps ** (2 / 3) * size + eps * total:
+            raise ValueError(
+                f"{share.name}: for random weights s its share of {left} is {by_share:.4g}, but "
+                f"{right} is {by_gradient:.4g}, {gap:.2g} away, so M would be wrong. Either its "
+                "weight is also used outside its call (tied, or in a norm), or a hook changes what "
+                "it gives, or row k of what it sees is not of sample k (the sequence first, samples"
+                " in another order), or rounding is large (TF32, autocast; try double()). Otherwise"
+                f" {USE_CLEAR}")
+
+
+def _with_gradient(v):
+    """v itself. Raises ValueError if it has no gradient."""
+    if not v.requires_grad:
+        raise ValueError("the output has no gradient: it is detached, or made in no_grad, or does "
+                         "not depend on the parameters")
+    return v
+
+
+def _count(inputs):
+    """The number of samples N. Raises ValueError if the inputs do not agree on one."""
+    sizes = set()
+    if isinstance(inputs, (tuple, dict)):
+        for z in inputs.values() if isinstance(inputs, dict) else inputs:
+            is_batch = isinstance(z, torch.Tensor) and z.dim() > 0
+            sizes.add(len(z) if is_batch else 0)
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError("inputs must be a tuple or a dict of tensors with the same number of "
+                         "samples, at least one, on their first axis")
+    return sizes.pop()
+
+
+def _like(vectors, v):
+    """The vectors in the shape of v, which they must have already, or flattened to (N, D)."""
+    if tuple(vectors.shape) not in (tuple(v.shape), (len(v), v[0].numel())):
+        raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} "
+                         f"does not fit {tuple(v.shape)}")
+    if vectors.is_complex() and not v.is_complex():
+        raise ValueError("the vectors are complex, and the outputs are not")
+    return vectors.reshape(v.shape).to(v)
+
+
+def _require_as_many(vectors, inputs):
+    N = _count(inputs)
+    if not isinstance(vectors, torch.Tensor) or vectors.dim() == 0:
+        raise ValueError("residuals and vectors are tensors with the samples on their first axis")
+    if len(vectors) != N:
+        raise ValueError(f"one vector is needed for each output: {tuple(vectors.shape)} "
+                         f"does not fit {(N, *vectors.shape[1:])}")
+
+
+def _require_pair(columns):
+    if not isinstance(columns, (tuple, list)) or len(columns) != 2:
+        raise ValueError("columns must be a pair: (inputs, residuals) of the second batch")
+    inputs, residuals = columns
+    _require_as_many(residuals, inputs)
+
+
+def _positive(chunk):
+    if chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, not {chunk}")
+    return chunk
 
 
 def _require_shape(name, tensor, shape):

@@ -83,20 +83,11 @@ def decompose(image, boxes, caption, pixels, largest_iou=0.8, smallest=8, enlarg
         for granularity, view, its_caption in views:
             print(granularity, view.shape, its_caption)
     """
-    # (H, W, 3), the shape of other libraries, would be an image of H channels.
-    is_image = isinstance(image, torch.Tensor) and image.dim() == 3 and image.numel() > 0
-    if not is_image or len(image) > 4:
-        raise ValueError(f"an image has the shape (3, H, W), not {_shape_of(image)}")
-    if not isinstance(pixels, numbers.Integral) or pixels < 1:
-        raise ValueError(f"a view has 1 pixel or more a side, a whole number, not {pixels!r}")
+    _require_root_image(image, boxes, caption, pixels)
     if not (largest_iou >= 0 and smallest >= 0 and enlargement > 0):
         raise ValueError("the limits of a box must not be negative or nan, not"
                          f" {largest_iou}, {smallest} and {enlargement}")
-    if not isinstance(boxes, dict) or not isinstance(caption, str):
-        raise ValueError("boxes must be a dict, and the caption a text")
     H, W = image.shape[1:]
-    for name, box in boxes.items():
-        _check_box(name, box, H, W)
     kept = {"macro": torch.tensor([0.0, 0.0, W, H])}
     for name in GRANULARITIES[1:]:
         if name in boxes:
@@ -114,6 +105,21 @@ def decompose(image, boxes, caption, pixels, largest_iou=0.8, smallest=8, enlarg
         view = resized_crop(image, top, left, bottom - top, right - left, size, antialias=True)
         views.append((GRANULARITIES.index(name), view, f"{name} {caption}"))
     return views
+
+
+def _require_root_image(image, boxes, caption, pixels):
+    """Raises ValueError for an image, boxes, a caption or a size that decompose cannot take."""
+    # (H, W, 3), the shape of other libraries, would be an image of H channels.
+    is_image = isinstance(image, torch.Tensor) and image.dim() == 3 and image.numel() > 0
+    if not is_image or len(image) > 4:
+        raise ValueError(f"an image has the shape (3, H, W), not {_shape_of(image)}")
+    if not isinstance(pixels, numbers.Integral) or pixels < 1:
+        raise ValueError(f"a view has 1 pixel or more a side, a whole number, not {pixels!r}")
+    if not isinstance(boxes, dict) or not isinstance(caption, str):
+        raise ValueError("boxes must be a dict, and the caption a text")
+    H, W = image.shape[1:]
+    for name, box in boxes.items():
+        _check_box(name, box, H, W)
 
 
 def _check_box(name, box, H, W):
@@ -618,6 +624,36 @@ def plan(root, granularity, arm, tuples_per_step, steps, seed, products=None):
             print("a step sees the views", views, "with the weights", weights)
     """
     root, granularity = _of_views(root, granularity)    # (V,) each
+    _require_plan(arm, tuples_per_step, steps)
+    # The controls trade with a generator of their own. So the sizes of their
+    # tuples follow each other in the same order as with root tuples.
+    generator = torch.Generator().manual_seed(seed)
+    trader = torch.Generator().manual_seed(seed + 1)
+    labels = granularity if arm.meet == "granularity" else torch.zeros_like(root)
+    by_conflict = arm.meet == "conflict" and products is not None
+    if by_conflict:
+        place = _places_in_conflict(root, products)     # (V,)
+    planned = []
+    # The tuples of the epoch that no step has seen yet.
+    waiting = []
+    while len(planned) < steps:
+        while len(waiting) < tuples_per_step:
+            epoch = root_tuples(root, generator)
+            if by_conflict:
+                epoch = [place[one] for one in epoch]
+            elif arm.meet != "root":
+                epoch = traded(epoch, labels, trader)
+            waiting += epoch
+        met, waiting = waiting[:tuples_per_step], waiting[tuples_per_step:]
+        views, a = torch.cat(met), _weights(met, arm.weigh)  # (n,), (n,)
+        if arm.whole:
+            views = whole_scenes(views, root, granularity)  # (n,)
+        planned.append((views, a))
+    return [_join(planned[k:k + arm.join]) for k in range(0, steps, arm.join)]
+
+
+def _require_plan(arm, tuples_per_step, steps):
+    """Raises ValueError for an arm or a number of tuples or steps that plan cannot take."""
     if not isinstance(tuples_per_step, numbers.Integral) or tuples_per_step < 1:
         raise ValueError(f"a step has 1 tuple or more, a whole number, not {tuples_per_step!r}")
     if not isinstance(steps, numbers.Integral) or steps < 0:
@@ -626,34 +662,15 @@ def plan(root, granularity, arm, tuples_per_step, steps, seed, products=None):
     if not meets or not isinstance(arm.join, int) or arm.join < 1:
         raise ValueError(f"the arm must be an Arm, its meet one of {', '.join(MEETINGS)},"
                          f" and its join a whole number from 1 on, not {arm!r}")
-    # The controls trade with a generator of their own. So the sizes of their
-    # tuples follow each other in the same order as with root tuples.
-    generator = torch.Generator().manual_seed(seed)
-    trader = torch.Generator().manual_seed(seed + 1)
-    labels = granularity if arm.meet == "granularity" else torch.zeros_like(root)
-    if arm.meet == "conflict" and products is not None:
-        place = _places_in_conflict(root, products)     # (V,)
-    planned = []
-    # The tuples of the epoch that no step has seen yet.
-    waiting = []
-    while len(planned) < steps:
-        while len(waiting) < tuples_per_step:
-            epoch = root_tuples(root, generator)
-            if arm.meet == "conflict" and products is not None:
-                epoch = [place[one] for one in epoch]
-            elif arm.meet != "root":
-                epoch = traded(epoch, labels, trader)
-            waiting += epoch
-        met, waiting = waiting[:tuples_per_step], waiting[tuples_per_step:]
-        views = torch.cat(met)                          # (n,)
-        if arm.weigh == "step":
-            a = torch.ones(len(views)) / len(views)     # (n,)
-        else:
-            a = tuple_weights([len(one) for one in met], arm.weigh)  # (n,)
-        if arm.whole:
-            views = whole_scenes(views, root, granularity)  # (n,)
-        planned.append((views, a))
-    return [_join(planned[k:k + arm.join]) for k in range(0, steps, arm.join)]
+
+
+def _weights(tuples, weigh):
+    """(n,) the weights of a step's views: 1/n, or those of tuple_weights."""
+    sizes = [len(one) for one in tuples]
+    n = sum(sizes)
+    if weigh == "step":
+        return torch.ones(n) / n
+    return tuple_weights(sizes, weigh)
 
 
 def whole_scenes(views, root, granularity):

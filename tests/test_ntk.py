@@ -250,8 +250,8 @@ def test_gradients_and_grams_say_the_same(T, I, O):
     N, C = 3, 5
     module = nn.Linear(I, O).double()
     seen = ntk.Seen(module, dict(module.named_parameters()), torch.randn(N, T, I).double(),
-                    torch.Size((N, T, O)), None)
-    cotangents = torch.randn(N, C, T, O).double()
+                    0, torch.Size((N, T, O)), None)
+    cotangents = torch.randn(C, N, T, O).double()
     a, b = ntk._factors(seen, cotangents, True)
     nothing, G = ntk._factors(seen, cotangents, False)
     assert nothing is None
@@ -636,7 +636,16 @@ def reentrant(m, x):
     return checkpoint(m.b, m.a(x), use_reentrant=True)
 
 
+def overwriting(m, x):
+    h = m.a(x)
+    v = m.b(h.tanh_())
+    h.zero_()
+    return v
+
+
 REFUSED = {
+    "an input that is overwritten": (lambda: Of(overwriting, a=linear(), b=linear()),
+                                     "b: its input is overwritten in place"),
     "tied by a product": (lambda: Of(lambda m, x: m.a(x).tanh() @ m.a.weight, a=linear()),
                           "a: for random weights s"),
     "a norm of a weight": (lambda: Of(lambda m, x: m.a(x) * m.a.weight.norm(), a=linear()),

@@ -420,9 +420,9 @@ def run_factors(watch, ntk):
     """The gradients of each kind of layer: N samples, C cotangents each."""
     def run(module, given, outputs, **sizes):
         trained = dict(module.named_parameters())
-        seen = ntk.Seen(module, trained, given, torch.Size((5, *outputs)), None)
-        cotangents = rand(5, 3, *outputs)
-        with watch.given(ntk._factors, C=3, N=5, NC=15, **sizes):
+        seen = ntk.Seen(module, trained, given, 0, torch.Size((5, *outputs)), None)
+        cotangents = rand(3, 5, *outputs)
+        with watch.given(ntk._factors, C=3, N=5, CN=15, **sizes):
             ntk._factors(seen, cotangents, False)
             if not isinstance(module, ntk.NORMS):
                 ntk._factors(seen, cotangents, True)

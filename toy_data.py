@@ -741,9 +741,8 @@ def measure_reader(scenes, pixels, noises, generator):
 def paint_view(axis, caption, image):
     axis.imshow((image.permute(1, 2, 0) / 2 + 0.5).numpy())
     axis.set(xticks=[], yticks=[])
-    granularity, rest = caption.split(" ", 1)
-    axis.set_xlabel(textwrap.fill(rest, 22))
-    axis.set_title(granularity)
+    axis.set_xlabel(textwrap.fill(f'"{caption}"', 24))
+    axis.set_title(caption.split()[0])
 
 
 def paint_population(axis, images):

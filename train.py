@@ -322,7 +322,7 @@ def train(run, folder):
                     recorder.add_row(run, phase_of(s, run.step)[0], norm)
                     report.save_all(run, folder)
             elif first:
-                recorder.leave_out_a_first_step(run)
+                recorder.pass_over(run)
             if interrupts:
                 run.finite.check()
                 run.save(os.path.join(folder, "checkpoint.pt"))

@@ -303,6 +303,9 @@ def announce(run, folder):
 
 # --- Rows of the log ------------------------------------------------------------------------------
 
+EARLY = 20                                     # steps after a phase's first: a line of progress
+
+
 class Recorder:
     """Adds a row to a run's log, and to its probe, whenever one is due; says how far it is."""
 
@@ -322,15 +325,19 @@ class Recorder:
     def start_the_clock(self, run):
         self.clock, self.images = time.time(), images_until(run, run.step)
 
-    def leave_out_a_first_step(self, run):
+    def pass_over(self, run):
         """After a step that has no row. The first one of each phase may compile, which takes its
-        time: that counts, but it is no speed.
+        time: that counts, but it is no speed. An early line of progress comes soon after it.
         """
-        phase = run.step > run.settings.pretrain_steps
+        phase = "pretrain" if run.step <= run.settings.pretrain_steps else "finetune"
         if phase != self.phase:
-            self.phase = phase
+            self.phase, self.first_step = phase, run.step
             run.seconds += time.time() - self.clock
             self.start_the_clock(run)
+        elif run.step == self.first_step + EARLY:
+            loss = run.loss.item()             # a GPU has done its work once this is known
+            speed = (images_until(run, run.step) - self.images) / (time.time() - self.clock)
+            say_progress(run, phase, loss, speed)
 
     def add_probe(self, run):
         row = {"step": run.step, "offsets": run.offsets}
@@ -353,10 +360,16 @@ class Recorder:
         if self.probing:
             self.add_probe(run)
 
-        left = int((images_until(run, run.last) - images) / speed)
-        print(f"{phase} step {run.step}/{run.last}  loss {row['loss']:.4f}  {speed:.0f} images/s  "
-              f"{left // 60}:{left % 60:02} left", flush=True)
+        say_progress(run, phase, row["loss"], speed)
         self.start_the_clock(run)
+
+
+def say_progress(run, phase, loss, speed):
+    """How far the run is, its loss and speed, and how long the rest of the training will take."""
+    images_left = images_until(run, run.last) - images_until(run, run.step)
+    left = int(images_left / speed)
+    print(f"{phase} step {run.step}/{run.last}  loss {loss:.4f}  {speed:.0f} images/s  "
+          f"{left // 60}:{left % 60:02} left", flush=True)
 
 
 def save_all(run, folder):
@@ -431,12 +444,15 @@ def draw_all(run, pretrained, folder):
         todo["curves.png"] = curves
     if run.probe:
         todo["probe.png"] = probe
+    drawn = ["report.json"]
     for name, draw in todo.items():
         try:
             draw(os.path.join(folder, name))
+            drawn.append(name)
         except Exception as error:
             print(f"train.py: {name} could not be drawn ({in_one_line(error)}); report.json is "
                   "whole")
+    print(f"\nthis table and the pictures are in {folder}: {', '.join(drawn)}")
 
 
 def sample_columns(pretrained, finetuned, s):

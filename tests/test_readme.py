@@ -78,10 +78,10 @@ def test_every_program_that_a_page_runs_exists():
     assert not [pair for pair in programs if not (ROOT / pair[1]).exists()]
 
 
-def blocks(language):
-    """The README's blocks of one language, "" for those that name none."""
+def blocks(language, page=README):
+    """A page's blocks of one language, "" for those that name none."""
     # Every second part between fences is a block, and begins with the name of its language.
-    parts = re.split(r"^```", README, flags=re.M)[1::2]
+    parts = re.split(r"^```", page, flags=re.M)[1::2]
     heads_and_codes = [part.split("\n", 1) for part in parts]
     return [code for head, code in heads_and_codes if head.strip() == language]
 
@@ -113,7 +113,7 @@ def test_a_command_that_train_does_not_know_is_noticed():
 
 # --- Code -----------------------------------------------------------------------------------------
 
-BLOCKS = blocks("python")
+BLOCKS = blocks("python") + blocks("python", PAGES["results/details.md"])
 WITH_A_DIFFERENCE = [code for code in BLOCKS if "relative difference" in code]
 
 

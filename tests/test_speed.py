@@ -436,7 +436,7 @@ def rows_of_a_slow_beginning(tmp_path, monkeypatch, **more):
 def test_images_per_second_leave_out_the_first_step_of_each_phase(tmp_path, monkeypatch):
     speeds, seconds = rows_of_a_slow_beginning(tmp_path, monkeypatch, every=2)
     assert speeds == [6, 6, 6, 6] and seconds == 206
-    monkeypatch.setattr(report.Recorder, "leave_out_a_first_step", nothing)
+    monkeypatch.setattr(report.Recorder, "pass_over", nothing)
     with monkeypatch.context() as again:
         speeds, seconds = rows_of_a_slow_beginning(tmp_path, again, every=2)
     assert speeds[0] < 1 < speeds[1] and seconds == 206            # the twin
@@ -445,6 +445,18 @@ def test_images_per_second_leave_out_the_first_step_of_each_phase(tmp_path, monk
 def test_a_row_after_every_step_has_a_speed(tmp_path, monkeypatch):
     speeds, seconds = rows_of_a_slow_beginning(tmp_path, monkeypatch, every=1)
     assert speeds[:3] == [0.06, 6, 6] and seconds == 206
+
+
+def test_a_line_of_progress_comes_long_before_the_first_row(tmp_path, monkeypatch, capsys):
+    """Each phase has one, a few steps after its first. No row and no time comes of it."""
+    monkeypatch.setattr(report, "EARLY", 1)
+    speeds, seconds = rows_of_a_slow_beginning(tmp_path, monkeypatch, every=9)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
+    steps = [line.split("loss")[0].strip() for line in lines]
+    assert steps == ["pretrain step 2/8", "pretrain step 4/8", "finetune step 6/8",
+                     "finetune step 8/8"]
+    assert lines[0].endswith("6 images/s  0:06 left")
+    assert speeds == [6, 6] and seconds == 206
 
 
 @pytest.mark.parametrize("model", ["dit", "unet"])

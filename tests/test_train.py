@@ -173,6 +173,17 @@ def finished(tmp_path_factory):
     return folder
 
 
+def test_the_last_line_names_the_files_that_a_run_has_made(tmp_path, finished, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    capsys.readouterr()
+    train.main(["--resume", "--out", str(folder)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    named = last.partition(f"are in {folder}: ")[2].split(", ")
+    assert {"report.json", "samples.png", "curves.png", "probe.png"} == set(named)
+    assert all((folder / name).stat().st_size > 0 for name in named)
+
+
 # --- A run survives -------------------------------------------------------------------------------
 
 def test_a_kill_after_the_last_checkpoint_and_before_its_rows_is_made_good(

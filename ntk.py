@@ -3,7 +3,7 @@
 A network with P parameters theta answers sample i with D numbers v_i. Its residual is r_i.
 
     J_i  = dv_i / dtheta                  (D x P)  the Jacobian: what each parameter does to v_i
-    g_i  = J_i^T r_i                      (P)      the gradient of sample i (Eq. 10)
+    g_i  = J_i^T r_i                      (P)      the gradient of |r_i|^2 / 2 (Eq. 10)
     K_ij = J_i J_j^T                      (D x D)  a block of the kernel; there are N x N (Eq. 11)
     M_ij = r_i^T K_ij r_j = <g_i, g_j>    (1)      the interaction matrix M is N x N (Eq. 12)
 
@@ -58,50 +58,6 @@ def one_linear_layer(a, b):
 # --- The clear route: any function f(params, *one_input) ------------------------------------------
 # params is a dict of tensors. inputs are a tuple of tensors with the N samples on their first axis,
 # or a dict of them for inputs that are given by name. Results are detached.
-
-def of_module(model, output=None):
-    """(f, params): a module as a function f(params, *one_input) of one sample, without the batch.
-
-    params are the parameters that require a gradient. If the model returns a dict or a tuple,
-    `output` is the key or the index of the tensor that is meant; without it, all its tensors are
-    joined to one vector. Raises ValueError for a model whose samples have no gradient of their own,
-    and so does f for an output that has not the samples on its first axis.
-
-    Example:
-        f, params = ntk.of_module(torch.nn.Linear(4, 2))
-        x, r = torch.randn(3, 4), torch.randn(3, 2)
-        M = ntk.interaction_matrix(f, params, (x,), r)             # (3, 3)
-
-    Example, of a model with inputs that are given by name, and with an output that is a tuple:
-        attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
-        f, params = ntk.of_module(attention, output=0)
-        words = torch.randn(3, 5, 4)
-        inputs = {"query": words, "key": words, "value": words}
-        M = ntk.interaction_matrix(f, params, inputs, residuals=words)     # (3, 3)
-
-    Example, of a model whose output is a dict:
-        class Velocity(torch.nn.Linear):
-            def forward(self, x):
-                return {"velocity": super().forward(x), "x": x}
-        f, params = ntk.of_module(Velocity(4, 2), output="velocity")
-        K = ntk.ntk_blocks(f, params, {"x": torch.randn(3, 4)})    # (3, 3, 2, 2)
-    """
-    _require_separate_samples(model)
-    if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
-        raise ValueError(f"a {type(model).__name__} cannot be called with other parameters; give "
-                         "the module that it was made of")
-    params = {name: p.detach() for name, p in _trained(model).items()}
-    names = _all_names(model)
-
-    def f(params, *one, **named):
-        batch = tuple(z[None] for z in one)
-        named = {name: z[None] for name, z in named.items()}
-        given = {name: params[first] for name, first in names.items() if first in params}
-        v = functional_call(model, given, batch, named, tie_weights=False)
-        return _one_tensor(v, output)[0]
-
-    return f, params
-
 
 @torch.no_grad()
 def per_sample_gradients(f, params, inputs, vectors):
@@ -164,6 +120,43 @@ def interaction_matrix(f, params, inputs, residuals, chunk=None, columns=None):
 
 
 @torch.no_grad()
+def ntk_blocks(f, params, inputs, chunk=None):
+    """(N, N, D, D) K_ij = J_i J_j^T, as it is defined (Eq. 11).
+
+    It takes N D P numbers of memory. With `chunk` outputs at once it is 2 `chunk` N P, and more
+    time.
+    """
+    unit = _unit_vectors_of(f, params, inputs)                     # (D, N, ...)
+    parts = unit.split(len(unit) if chunk is None else _positive(chunk))
+    bands = []
+    for some in parts:
+        J = _rows_of_jacobians(f, params, inputs, some)
+        blocks = []
+        for other in parts:
+            J_other = J if other is some else _rows_of_jacobians(f, params, inputs, other)
+            blocks.append(torch.einsum("dip,ejp->ijde", J, J_other))
+        bands.append(torch.cat(blocks, 3))
+    return torch.cat(bands, 2)                                     # (N, N, D, D)
+
+
+@torch.no_grad()
+def ntk_trace(f, params, inputs, chunk=16):
+    """(N, N) tr K_ij, for `chunk` outputs at once: `chunk` N P numbers of memory (Eq. 11).
+
+    Example:
+        f, params = ntk.of_module(torch.nn.Linear(4, 2))
+        x = torch.randn(3, 4)
+        trace = ntk.ntk_trace(f, params, (x,))                     # (3, 3)
+        moved = ntk.ntk_vector_product(f, params, (x,), torch.randn(3, 2))         # (3, 2)
+    """
+    trace = 0
+    for some in _unit_vectors_of(f, params, inputs).split(_positive(chunk)):
+        J = _rows_of_jacobians(f, params, inputs, some)
+        trace = trace + (J @ J.mT).sum(0)                          # (N, N)
+    return trace
+
+
+@torch.no_grad()
 def ntk_vector_product(f, params, inputs, vectors):
     """(N, D) K applied to vectors (N, *output shape), while K is never formed (Eq. 11).
 
@@ -200,41 +193,48 @@ def ntk_vector_product(f, params, inputs, vectors):
     return product.reshape(len(v), -1).detach()                    # (N, D)
 
 
-@torch.no_grad()
-def ntk_blocks(f, params, inputs, chunk=None):
-    """(N, N, D, D) K_ij = J_i J_j^T, as it is defined (Eq. 11).
+def of_module(model, output=None):
+    """(f, params): a module as a function f(params, *one_input) of one sample, without the batch.
 
-    It takes N D P numbers of memory. With `chunk` outputs at once it is 2 `chunk` N P, and more
-    time.
-    """
-    unit = _unit_vectors_of(f, params, inputs)                     # (D, N, ...)
-    parts = unit.split(len(unit) if chunk is None else _positive(chunk))
-    bands = []
-    for some in parts:
-        J = _rows_of_jacobians(f, params, inputs, some)
-        blocks = []
-        for other in parts:
-            J_other = J if other is some else _rows_of_jacobians(f, params, inputs, other)
-            blocks.append(torch.einsum("dip,ejp->ijde", J, J_other))
-        bands.append(torch.cat(blocks, 3))
-    return torch.cat(bands, 2)                                     # (N, N, D, D)
-
-
-@torch.no_grad()
-def ntk_trace(f, params, inputs, chunk=16):
-    """(N, N) tr K_ij, for `chunk` outputs at once: `chunk` N P numbers of memory (Eq. 11).
+    params are the parameters that require a gradient. If the model returns a dict or a tuple,
+    `output` is the key or the index of the tensor that is meant; without it, all its tensors are
+    joined to one vector. Raises ValueError for a model whose samples have no gradient of their own,
+    and so does f for an output that has not the samples on its first axis.
 
     Example:
         f, params = ntk.of_module(torch.nn.Linear(4, 2))
-        x = torch.randn(3, 4)
-        trace = ntk.ntk_trace(f, params, (x,))                     # (3, 3)
-        moved = ntk.ntk_vector_product(f, params, (x,), torch.randn(3, 2))         # (3, 2)
+        x, r = torch.randn(3, 4), torch.randn(3, 2)
+        M = ntk.interaction_matrix(f, params, (x,), r)             # (3, 3)
+
+    Example, of a model with inputs that are given by name, and with an output that is a tuple:
+        attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+        f, params = ntk.of_module(attention, output=0)
+        words = torch.randn(3, 5, 4)
+        inputs = {"query": words, "key": words, "value": words}
+        M = ntk.interaction_matrix(f, params, inputs, residuals=words)     # (3, 3)
+
+    Example, of a model whose output is a dict:
+        class Velocity(torch.nn.Linear):
+            def forward(self, x):
+                return {"velocity": super().forward(x), "x": x}
+        f, params = ntk.of_module(Velocity(4, 2), output="velocity")
+        K = ntk.ntk_blocks(f, params, {"x": torch.randn(3, 4)})    # (3, 3, 2, 2)
     """
-    trace = 0
-    for some in _unit_vectors_of(f, params, inputs).split(_positive(chunk)):
-        J = _rows_of_jacobians(f, params, inputs, some)
-        trace = trace + (J @ J.mT).sum(0)                          # (N, N)
-    return trace
+    _require_separate_samples(model)
+    if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
+        raise ValueError(f"a {type(model).__name__} cannot be called with other parameters; give "
+                         "the module that it was made of")
+    params = {name: p.detach() for name, p in _trained(model).items()}
+    names = _all_names(model)
+
+    def f(params, *one, **named):
+        batch = tuple(z[None] for z in one)
+        named = {name: z[None] for name, z in named.items()}
+        given = {name: params[first] for name, first in names.items() if first in params}
+        v = functional_call(model, given, batch, named, tie_weights=False)
+        return _one_tensor(v, output)[0]
+
+    return f, params
 
 
 # --- What the kernel says about training ----------------------------------------------------------
@@ -279,7 +279,7 @@ def predicted_change(M, eta):
 
 
 def cosines(M):
-    """(N, N) the cosines between the samples' gradients."""
+    """(N, N) the cosines between the samples' gradients; nan where a gradient is zero."""
     _require_square(M)
     length = M.diagonal().sqrt()                                   # (N,)
     return M / (length[:, None] * length)
@@ -333,14 +333,16 @@ def frozen_residuals(K, r, tau):
     """(N, D) r(tau) = exp(-K tau / N) r(0), for K (N, N, D, D) and r (N, D) (Eq. 16).
 
     It is exact if the kernel stands still. K is applied through its eigenvalues. Those that are
-    negative by rounding count as 0, so that no residual grows. Eigenvalues below the precision
-    times the largest one are not known, and neither is what their directions do at tau > N / them.
+    negative by rounding count as 0, so that no residual grows. An eigenvalue below the precision
+    times the largest one is not known, and neither is what its direction does once tau is above
+    N / that eigenvalue. r may also have the outputs' shape (N, ...).
 
     Example:
         f, params = ntk.of_module(torch.nn.Linear(4, 2))
         K = ntk.ntk_blocks(f, params, (torch.randn(3, 4),))        # (3, 3, 2, 2)
         r = ntk.frozen_residuals(K, torch.randn(3, 2), tau=0.5)    # (3, 2)
     """
+    r = r.flatten(1)                                               # (N, D)
     N, D = r.shape
     _require_shape("K", K, (N, N, D, D))
     matrix = K.transpose(1, 2).reshape(N * D, N * D)               # (ND, ND)
@@ -373,7 +375,8 @@ def step_noise(M, a):
 
     a (S, N) has a row for each of S possible steps, all equally likely: the weight of each sample,
     0 if it is not in the step. Both numbers are linear in M, so that a way to draw steps can be
-    judged before it is tried. Their difference is the noise of a step.
+    judged before it is tried. The first over the second is the noise of a step; without noise it
+    is 1.
     """
     N = _require_square(M)
     if a.dim() != 2 or a.shape[1] != N:
@@ -384,11 +387,11 @@ def step_noise(M, a):
 
 
 # --- The fast route: M, layer by layer ------------------------------------------------------------
-# Most layers apply one matrix at several places t: z_t = W a_t. A Linear layer has a place for each
+# Most layers apply one matrix at several places p: z_p = W a_p. A Linear layer has a place for each
 # token, a convolution one for each patch of the image that it sees, an Embedding one for each word
-# (its a_t is one-hot). A bias is a column of W whose input is always 1. The gradient of a sample is
-# then sum_t b_t a_t^T, and one_linear_layer's identity becomes
-#     <g_i, g_j> = sum_ts <a_it, a_js> <b_it, b_js>.
+# (its a_p is one-hot). A bias is a column of W whose input is always 1. The gradient of a sample is
+# then sum_p b_p a_p^T, and one_linear_layer's identity becomes
+#     <g_i, g_j> = sum_pq <a_ip, a_jq> <b_ip, b_jq>.
 # (Novak et al. 2022 call this structured derivatives.) M is the sum of its layers' shares.
 # All other parameters go by the clear route, and if it cannot run the model, by N backward passes.
 
@@ -433,9 +436,10 @@ def fast_interaction_matrix(model, inputs, residuals, columns=None, check=True):
 
     M is over the parameters that require a gradient. With columns = (inputs, residuals) of a second
     batch of N2 samples it is (N, N2): its rows are evaluated, its columns are trained on (Eq. 22).
-    It is checked by one backward pass, unless check is False, and the last sample is answered
-    alone, to see whether the samples depend on each other. Raises ValueError where M would be
-    wrong, with the layer and, where that can be told, the cause.
+    It is checked by one backward pass, unless check is False. The last sample is also answered
+    alone, to see whether the samples depend on each other; a dependence of other samples alone is
+    not seen. Raises ValueError where M is found wrong, with the layer and, where that can be told,
+    the cause.
 
     Example, with inputs x, residuals r and a second batch:
         model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
@@ -532,7 +536,7 @@ def _cotangents(batch, names, vectors):
 def _factors(layer, cotangents, by_grams):
     """The gradients of one layer for C cotangents of each sample's output, given as (C, N, ...).
 
-    Either as the factors a (N, T, I) and b (N, C, T, O) of the gradients sum_t b_t a_t^T, or
+    Either as the factors a (N, T, I) and b (N, C, T, O) of the gradients sum_p b_p a_p^T, or
     multiplied out, as None and the gradients (N, C, P).
     """
     module = layer.module
@@ -592,14 +596,15 @@ def _grams_are_cheaper(layer, N, C):
     if isinstance(layer.module, nn.Embedding):
         I, O = O, I
     T = layer.shape.numel() // (N * O)
-    # Gradients: T outer products each, then their pairs. Grams: <a_it, a_js>, what it makes of b,
-    # then pairs. Of N samples each has N / 2 pairs, since M and K are symmetric.
+    # Each sample has N / 2 pairs with others, since M and K are symmetric. Gradients take C T outer
+    # products of a sample, and C C inner products of a pair. Grams take for each pair the products
+    # <a_ip, a_jq>, then the sums over p of b_ip weighted with them, then inner products with b_jq.
     gradients = C * T * I * O + N / 2 * C * C * I * O
     grams = N / 2 * (T * T * I + C * T * T * O + C * C * T * O)
     return grams < gradients
 
 
-# --- What a layer is at its places t --------------------------------------------------------------
+# --- What a layer is at its places p --------------------------------------------------------------
 
 def _places(module, z):
     """(N, T, O) a layer's output, or what has its shape, at the T places of each sample."""
@@ -612,7 +617,7 @@ def _places(module, z):
 
 
 def _inputs(layer):
-    """(N, T, I) the inputs a_t of a layer that applies a matrix."""
+    """(N, T, I) the inputs a_p of a layer that applies a matrix."""
     module, a = layer.module, layer.given
     if isinstance(module, CONVOLUTIONS):
         a = _patches(module, a)
@@ -767,11 +772,11 @@ def _add_share(K, a, b, block=256):
             K[start:, start:start + block].addmm_(G[start:], G[start:start + block].T)
         return
     for i in range(N):
-        # <a_js, a_it> for all samples j from i on: a row for each (j, s), a column for each t.
+        # <a_jq, a_ip> for all samples j from i on: a row for each (j, q), a column for each p.
         A = (a[i:] @ a[i].T).flatten(0, 1)
         for start in range(0, D, block):
             some = slice(start, start + block)
-            # sum_t <a_js, a_it> b_it, for the unit vectors of these columns: (columns, j, s O).
+            # sum_p <a_jq, a_ip> b_ip, for the unit vectors of these columns: (columns, j, q O).
             weighted = (A @ b[i, some]).unflatten(1, (N - i, -1)).flatten(2)
             K[i, start:, i, some].addmm_(b[i, start:].flatten(1), weighted[:, 0].T)
             for j in range(i + 1, N):
@@ -1247,7 +1252,7 @@ def _count(inputs):
             sizes.add(len(z) if is_batch else 0)
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError("inputs must be a tuple or a dict of tensors with the same number of "
-                         "samples, at least one, on their first axis")
+                         "samples, at least one, on their first axis (a single input x is (x,))")
     return sizes.pop()
 
 

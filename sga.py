@@ -207,8 +207,8 @@ def in_conflict(tuples, products):
 
     products (V, V) are the inner products of the views' gradients, M of Eq. 12.
     Of all pairs of views whose trade lowers the sum of products within tuples,
-    the best trades first, until there is none. The step is then quieter: its
-    expected gradient is unchanged, and its E|ghat|^2 is smaller (Eq. 23).
+    the best trades first, until there is none. With equal weights (1/K_max) the
+    expected gradient of a step is unchanged, and its E|ghat|^2 is not larger (Eq. 23).
     Raises ValueError for products of another shape or type, or not finite.
 
     Example, with random gradients g:
@@ -304,7 +304,7 @@ def tuple_weights(sizes, scaling="root", k_max=3):
     sizes are the K_g of the step's G tuples. With "root" the weight is
     1 / (G K_g), so that every root weighs the same (the paper). With "view" it is
     1 / (G K_max), so that every view does (the authors' code). The two differ
-    where K_g varies.
+    where a root has fewer than K_max views.
     In the geometry M_ij is multiplied by a_i a_j in the weighted loss, by a_j elsewhere (Eq. 21).
     Raises ValueError for another scaling, for no tuple, and unless a tuple has 1
     to k_max views.

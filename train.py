@@ -87,7 +87,7 @@ class Settings:
     # The report.
     every: int = option(400, "steps between two rows of the log, each with a checkpoint", 1)
     guidance: float = option(1.5, "scale of the guidance when sampling; 1 is off", 0.0, 100.0)
-    sample_steps: int = option(8, "steps of Heun's method when sampling", 1)
+    sample_steps: int = option(8, "steps when sampling: Heun's, the last one Euler's", 1)
     eval_images: int = option(256, "images behind every figure of the report", 2)
     probe: int = option(0, "roots whose interaction matrix joins every row of the log", 0)
 

@@ -277,10 +277,13 @@ class UNet(nn.Module):
         if not all(isinstance(size, numbers.Integral) and size > 0 for size in sizes):
             raise ValueError("all sizes of a U-Net must be whole numbers of 1 or more, not "
                              f"{sizes}")
+        if len(channels) != 3:
+            raise ValueError("a U-Net has three channels, such as (32, 64, 96): one for each grid, "
+                             f"not {channels}")
         wrong = [size for size in (*channels, width) if size % 8 or size % heads]
-        if pixels % 4 or len(channels) != 3 or wrong:
-            raise ValueError(f"pixels {pixels} must be a multiple of 4; three channels {channels} "
-                             f"and width {width} must be multiples of 8 and of heads {heads}")
+        if pixels % 4 or wrong:
+            raise ValueError(f"pixels {pixels} must be a multiple of 4; channels {channels} and "
+                             f"width {width} must be multiples of 8 and of heads {heads}")
         self.size = (image_channels, pixels, pixels)
         fine, half, coarse = channels
         self.text = TextEncoder(vocabulary, width, heads)

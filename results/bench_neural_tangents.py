@@ -23,6 +23,8 @@ if __name__ == "__main__":
     # Not this folder first: its tabulate.py would hide a library of that name.
     sys.path[0] = str(ROOT)
 N = 4
+MODELS = ("MLP", "DiT", "U-Net")
+WAYS = ("ntk_vector_products", "structured_derivatives")
 
 
 # --- In our environment ---------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def in_jax(nodes, inputs):
     return f
 
 
-def contest(file, python, rounds):
+def contest(file, python, rounds, models, ways):
     """Prints the table: neural-tangents' ways to K beside ours, in turns."""
     import jax
     import neural_tangents as nt
@@ -219,16 +221,18 @@ def contest(file, python, rounds):
           f"{nt.__version__} compiled, {rounds} rounds in turns\n")
     print("| model | their way | we are times faster (median) | seconds | theirs | difference |")
     print("|---|---|---|---|---|---|", flush=True)
-    for name, given in handed.items():
+    for name in models:
+        given = handed[name]
         f = in_jax(given["nodes"], given["inputs"])
         rows = numpy.concatenate([z.reshape(N, -1) for z in given["inputs"]], 1)
         rows = rows.astype(numpy.float32)
         given["params"] = [jax.numpy.asarray(p) for p in given["params"]]
         v = numpy.concatenate([f(given["params"], rows[i:i + 1]) for i in range(N)])
         assert numpy.abs(v - given["v"].reshape(N, -1)).max() < 1e-4, f"{name} is not handed over"
-        for way in ("NTK_VECTOR_PRODUCTS", "STRUCTURED_DERIVATIVES"):
+        for way in ways:
+            implementation = nt.NtkImplementation[way.upper()]
             kernel = jax.jit(nt.empirical_ntk_fn(f, trace_axes=(), vmap_axes=0,
-                                                 implementation=nt.NtkImplementation[way]))
+                                                 implementation=implementation))
 
             def theirs():
                 return kernel(rows, None, given["params"]).block_until_ready()
@@ -245,7 +249,7 @@ def contest(file, python, rounds):
                 times.append((ours_took, time.perf_counter() - start))
             ratio = statistics.median(slow / quick for quick, slow in times)
             quick, slow = map(statistics.median, zip(*times))
-            print(f"| {name} | {way.lower()} | {ratio:.2f} | {quick:.3g} | {slow:.3g} "
+            print(f"| {name} | {way} | {ratio:.2f} | {quick:.3g} | {slow:.3g} "
                   f"| {difference:.0e} |", flush=True)
     ours.stdin.close()
     ours.wait()
@@ -255,12 +259,13 @@ def main(flags):
     if flags.serve:
         return serve()
     if flags.contest:
-        return contest(flags.contest, flags.python, flags.rounds)
+        return contest(flags.contest, flags.python, flags.rounds, flags.models, flags.ways)
     file = ROOT / "runs/neural_tangents.pickle"
     file.parent.mkdir(exist_ok=True)
     hand_over(file)
     subprocess.run([flags.jax, __file__, "--contest", str(file), "--python", sys.executable,
-                    "--rounds", str(flags.rounds)], check=True)
+                    "--rounds", str(flags.rounds), "--models", *flags.models,
+                    "--ways", *flags.ways], check=True)
 
 
 if __name__ == "__main__":
@@ -268,6 +273,8 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jax", default="jax/bin/python", help="python of JAX's environment")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5)")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--python", default=sys.executable, help=argparse.SUPPRESS)
     parser.add_argument("--contest", help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

@@ -158,15 +158,14 @@ def paint_omega(axis, measured):
     """The inner products of v - u_g, the shares beside them, and the sum that they make."""
     omega, Omega = measured["omega"], measured["Omega"]
     number_table(axis, Omega, size=26)
+    weighted = omega[:, None] * Omega * omega                      # (2, 2)
+    for (g, h), term in zip(((0, 0), (0, 1), (1, 0), (1, 1)), weighted.flatten().tolist()):
+        axis.text(h, g + 0.25, f"× ω{'₁₂'[g]} ω{'₁₂'[h]} = {signed(term)}", ha="center",
+                  va="center", fontsize=15, color="black" if g != h else "white")
     shares = [f"ω{digit} = {share:.2f}" for digit, share in zip("₁₂", omega.tolist())]
     axis.set_xticks((0, 1), shares, fontsize=21)
     axis.set_yticks((0, 1), shares, fontsize=21, rotation=90, va="center")
-    weighted = omega[:, None] * Omega * omega                      # (2, 2)
-    (a, b), (_, c) = weighted.tolist()
-    total = weighted.sum().item()
-    sign = "+" if b > 0 else "−"
-    terms = f"{a:.2f} + {c:.2f} {sign} {abs(2 * b):.2f}"
-    axis.set_xlabel(f"ωᵀ Ω ω = {terms}\n= {total:.2f} = |v − u*|²",
+    axis.set_xlabel(f"ωᵀ Ω ω, the sum of all four\n= {weighted.sum():.2f} = |v − u*|²",
                     fontsize=21, labelpad=14)
     axis.set_title("Ω: dot products of the\narrows from u₁ and u₂ to v", fontsize=20)
 
@@ -191,18 +190,20 @@ def floor(floors):
 
 def paint_floor_table(axis, floors):
     """The floor at the marked noise levels, in the free corner: its lines are the legend too."""
-    lines = ["t =    " + "  ".join(f"{level:5.2f}" for level in floors["marked"])]
+    lines = ["t =   " + "  ".join(f"{level:6.2f}" for level in floors["marked"])]
     for name in GRANULARITIES:
-        values = "  ".join(f"{short(value):>5}" for value in floors[f"{name} marked"])
-        lines.append(f"{name:5}  {values}")
+        values = "  ".join(f"{short(value):>6}" for value in floors[f"{name} marked"])
+        lines.append(f"{name:5} {values}")
     for k, (line, colour) in enumerate(zip(lines, ("black", *COLOURS))):
         axis.text(0.03, 0.95 - 0.08 * k, line, color=colour, family="monospace", fontsize=18,
                   transform=axis.transAxes, va="top", weight="bold")
 
 
 def short(value):
-    """Three decimals, where these say something."""
-    return f"{value:.3f}" if value >= 0.001 else "<.001"
+    """Three decimals, or four where these say nothing."""
+    if value < 0.00005:
+        return "<.0001"
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.4f}"
 
 
 # --- Gradients and the kernel ---------------------------------------------------------------------
@@ -250,7 +251,7 @@ def paint_bowl(axis, measured):
 
 def paint_products(axis, M):
     """The 3 x 3 table of dot products."""
-    number_table(axis, M, OF_M)
+    number_table(axis, M, OF_M, largest=1.3 * M.abs().median().item())
     axis.set_xticks(range(3), NAMES, fontsize=24)
     axis.set_yticks(range(3), NAMES, fontsize=24)
     axis.set_title("M: their dot products")
@@ -399,7 +400,7 @@ def paint_shot(axis, shot):
         axis.axhline(edge - 0.5, color="black", linewidth=1)
         axis.axvline(edge - 0.5, color="black", linewidth=1)
     share = share_of_one_direction(cosines)
-    axis.set_title(f"step {shot['step']}: {share:.0%} along one")
+    axis.set_title(f"step {shot['step']}: {share:.0%} share it")
     axis.set_xticks((2.5, 8.5), ("on white", "on black"))
     axis.set_yticks((2.5, 8.5), ("on white", "on black"), rotation=90, va="center")
     return shown

@@ -170,13 +170,15 @@ def picture(samples):
                                   "were held out, drawn by the network")
         figure.set_size_inches(10.24, 5.9)
         axes = figure.subplots(2, 5)
-        for axis, image in zip(axes[0], samples["truth"]):
-            axis.imshow(paint.as_picture(image))
-        for axis, image in zip(axes[1], samples["images"]):
-            axis.imshow(paint.as_picture(image))
-        for axis, caption in zip(axes[0], samples["captions"]):
+        captions = samples["captions"]
+        # The first sample of each of five captions.
+        distinct = list(dict.fromkeys(captions))[:5]
+        for column, caption in zip(axes.T, distinct):
+            k = captions.index(caption)
+            column[0].imshow(paint.as_picture(samples["truth"][k]))
+            column[1].imshow(paint.as_picture(samples["images"][k]))
             words = caption.removeprefix("meso ").removesuffix(" on white")
-            axis.set_title(words.replace(" ", "\n"))
+            column[0].set_title(words.replace(" ", "\n"))
         for axis in axes.flat:
             paint.without_ticks(axis)
         axes[0, 0].set_ylabel("true image")

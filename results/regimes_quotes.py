@@ -14,11 +14,12 @@ if __name__ == "__main__":
     # Not this folder first: its tabulate.py would hide a library of that name.
     sys.path[0] = str(ROOT)
 
-from results import regimes, regimes_report, step_noise  # noqa: E402
+from results import regimes, regimes_report, step_noise, yardsticks  # noqa: E402
 from results.regimes_report import mean, text_of  # noqa: E402
 from results.study_quotes import missing  # noqa: E402
 
 PAGE = "results/README.md"
+VIEWS = yardsticks.VIEWS
 
 
 class Rows:
@@ -43,6 +44,16 @@ class Rows:
         differences = [one - other for one, other in pairs]
         return interval_text(differences, regimes_report.YARDSTICKS[yardstick][1])
 
+    def fit_of(self, model, arm, view):
+        """The effect on the fit of one granularity, in the paper-like regime."""
+        return interval_text(regimes_report.fits_of_view(self.table("paper", model), arm, view),
+                             "%")
+
+    def rate(self, model, arm, view):
+        """How much faster M says that the arm's first steps lower a granularity's loss."""
+        values = regimes_report.predicted_rates(self.table("paper", model), arm, view)
+        return f"{mean(values):+.1f}%"
+
     def error(self, regime, model):
         """The baseline's own generalisation error in 1/1000, the mean over the seeds."""
         rows = self.of(regime, model, "baseline")
@@ -63,6 +74,14 @@ class Rows:
         return f"{mean(row['probe'][checkpoint]['conflict'] for row in rows):.0%}"
 
 
+    def conflict_change(self, model, arm):
+        """The arm's share of conflicting pairs at the end minus the baseline's, in points."""
+        pairs = regimes_report.pairs_of(self.table("paper", model), arm)
+        changes = [100 * (row["probe"][-1]["conflict"] - baseline["probe"][-1]["conflict"])
+                   for row, baseline in pairs]
+        return interval_text(changes, "points")
+
+
 def interval_text(values, unit):
     """Such as "+2.3% (+1.4 to +3.1)"."""
     centre, interval = text_of(values).split(" ", 1)
@@ -79,8 +98,11 @@ def sentences(rows, noises):
 
     quote_the_answer(quote, study)
     quote_the_mechanism(quote, study)
-    quote("Of {} ratios the median is wrong by {} and the worst by {}, and {} lie outside of their "
-          "bars", *errors_of_predictions(noises))
+    quote("Of {} predictions the median is wrong by {} and the worst by {}, and {} lie outside of "
+          "their bars", *errors_of_predictions(noises))
+    quote("Of {} such squares the median is wrong by {}, and {} lie outside of two standard errors",
+          *errors_of_squares(noises))
+    quote("the baseline's own square is uncertain by {}", f"{largest_uncertainty(noises):.0%}")
     minutes = sum(row["seconds"] for row in rows) / 60
     quote("{} runs took {} minutes of training", len(rows), f"{minutes:.0f}")
     return found
@@ -91,22 +113,36 @@ def quote_the_answer(quote, study):
         return [study.effect("paper", model, arm, name)
                 for name in ("fit", "generalisation", "joint, guidance 2", "layout and shape")]
 
-    def fits(arm):
-        return [study.effect(regime, "dit", arm, "fit") for regime in regimes.REGIMES]
+    def fits(model):
+        return [study.effect(regime, model, "sga", "fit") for regime in regimes.REGIMES]
 
     text = "fit {}, generalisation {}, joint accuracy {}, layout and shape {}"
     for model in regimes.MODELS:
         quote(text, *four(model, "sga"))
         quote(text, *four(model, "sga-short"))
-    quote("its fit changes by {} in the paper-like regime, by {} from the macro base, by {} with "
-          "all weights and by {} with 8 tuples a step", *fits("sga"))
+    quote("the fit of macro views changes by {}, that of meso views by {}, and that of micro views "
+          "by {}", *(study.fit_of("dit", "sga", view) for view in VIEWS))
+    for model in regimes.MODELS:
+        quote("by {} in the paper-like regime, by {} from the macro base, by {} with all weights "
+              "and by {} with 8 tuples a step", *fits(model))
     quote("{}/1000 from the base that knows close-ups and {}/1000 from the macro base",
           study.error("paper", "dit"), study.error("macro_base", "dit"))
 
 
 def quote_the_mechanism(quote, study):
-    quote("{} times as noisy as one of the baseline with the DiT, a step of quiet tuples {} times",
-          study.noise("dit", "tuple_max"), study.noise("dit", "quiet"))
+    quote("{} times as noisy as one of the baseline with the DiT, and a step of quiet tuples {} "
+          "times", study.noise("dit", "tuple_max"), study.noise("dit", "quiet"))
+    quote("Against the baseline quiet tuples change the fit by {} and joint accuracy by {}",
+          study.effect("paper", "dit", "quiet", "fit"),
+          study.effect("paper", "dit", "quiet", "joint, guidance 2"))
+    quote("offsets change the fit of macro views by {} and that of micro views by {}; flipped "
+          "offsets by {} and {}", *(study.fit_of("dit", arm, view)
+                                    for arm in ("offsets", "flipped")
+                                    for view in ("macro", "micro")))
+    quote("SGA differs from Min-SNR alone by {} in fit",
+          study.between("unet", "sga", "min_snr", "fit"))
+    quote("with flipped offsets macro views would learn more slowly, by {}",
+          study.rate("dit", "flipped", "macro"))
     quote("Against root tuples with the same weights, quiet tuples change the fit by {}, "
           "generalisation by {} and joint accuracy by {}",
           *(study.between("dit", "quiet", "tuple_max", name)
@@ -117,16 +153,35 @@ def quote_the_mechanism(quote, study):
           study.conflict("dit", "sga", -1),
           study.conflict("unet", "baseline", 0), study.conflict("unet", "baseline", -1),
           study.conflict("unet", "sga", -1))
+    quote("the difference is {} with the DiT and {} with the U-Net",
+          *(study.conflict_change(model, "sga") for model in regimes.MODELS))
 
 
 def errors_of_predictions(noises):
     """(how many, median and largest error, how many outside of two standard errors)."""
     errors, outside = [], 0
-    for _, predicted, measured, bar in regimes_report.squares_over_the_baselines(noises):
+    for _, predicted, measured, bar in regimes_report.noises_over_the_baselines(noises):
         errors.append(abs(predicted / measured - 1))
         outside += abs(predicted - measured) > bar
     errors.sort()
     return len(errors), f"{errors[len(errors) // 2]:.0%}", f"{errors[-1]:.0%}", outside
+
+
+def errors_of_squares(noises):
+    """(how many, median error, how many outside of two standard errors) of E|ghat|^2 itself."""
+    errors, outside = [], 0
+    for row in noises:
+        gap = abs(row["predicted"] - row["measured"])
+        errors.append(gap / row["measured"])
+        outside += gap > 2 * row["standard_error"]
+    errors.sort()
+    return len(errors), f"{errors[len(errors) // 2]:.0%}", outside
+
+
+def largest_uncertainty(noises):
+    """The largest relative standard error of a baseline's square."""
+    return max(row["standard_error"] / row["measured"] for row in noises
+               if row["scheme"] == "baseline")
 
 
 if __name__ == "__main__":

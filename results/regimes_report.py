@@ -124,6 +124,14 @@ def effects(table, arm, yardstick):
     return found
 
 
+def fits_of_view(table, arm, view):
+    """By seed, in percent: the change of the fit of one granularity."""
+    found = []
+    for row, baseline in pairs_of(table, arm):
+        found.append(100 * (mean(row["fit"][view]) / mean(baseline["fit"][view]) - 1))
+    return found
+
+
 def t_interval(values):
     """(mean, low, high): the 95% interval of a mean of normal values."""
     n, centre = len(values), mean(values)
@@ -228,8 +236,9 @@ def mechanism_table(rows, model):
     """
     table = table_of(rows, "paper", model)
     lines = ["| ingredient | same objective? | same expected gradient? | what it changes "
-             "| M said: noise of a step | M said: macro, meso, micro | fit | generalisation |",
-             "|---|---|---|---|---|---|---|---|"]
+             "| M said: noise of a step | M said: macro, meso, micro | fit: macro, meso, micro "
+             "| fit | generalisation |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for arm, (objective, gradient, change) in MECHANISMS.items():
         ratios = predicted_noises(table, arm)
         if len(ratios) < 2:
@@ -237,11 +246,14 @@ def mechanism_table(rows, model):
         noise, speeds = f"{mean(ratios):.2f}", ""
         if gradient == "no":
             means = [mean(predicted_rates(table, arm, view)) for view in yardsticks.VIEWS]
-            speeds = ", ".join(f"{round(value):+d}%" for value in means)
+            speeds = ", ".join(f"{value:+.1f}" for value in means)
         if arm == "sga-short":
             noise = speeds = ""
+        fits = [mean(fits_of_view(table, arm, view)) for view in yardsticks.VIEWS]
+        by_view = ", ".join(f"{value:+.1f}" for value in fits)
         measured = [text_of(effects(table, arm, name)) for name in ("fit", "generalisation")]
-        cells = (ARM_TITLES[arm], objective, gradient, change, noise, speeds, *measured)
+        title = f"{ARM_TITLES[arm]} (`{arm}`)"
+        cells = (title, objective, gradient, change, noise, speeds, by_view, *measured)
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -352,8 +364,12 @@ def paint_labels(axis, lines):
     axis.set_ylim(len(lines) - 0.5, -0.5)
 
 
-def squares_over_the_baselines(rows):
-    """[(scheme, predicted, measured, two standard errors)]: E|ghat|^2 over the baseline's there."""
+def noises_over_the_baselines(rows):
+    """[(scheme, predicted, measured, two standard errors)]: a step's noise over the baseline's.
+
+    The noise is E|ghat|^2 / |E ghat|^2. Training steps measure its numerator alone, so that its
+    denominator is M's in both.
+    """
     baselines, found = {}, []
     for row in rows:
         if row["scheme"] == "baseline":
@@ -361,30 +377,35 @@ def squares_over_the_baselines(rows):
     for row in rows:
         if row["scheme"] != "baseline":
             base = baselines[row["model"], row["regime"], row["step"]]
-            measured = row["measured"] / base["measured"]
+            shorter = base["mean_square"] / row["mean_square"]
+            measured = shorter * row["measured"] / base["measured"]
             relative = row["standard_error"] / row["measured"]
             base_relative = base["standard_error"] / base["measured"]
             error = 2 * measured * math.hypot(relative, base_relative)
-            found.append((row["scheme"], row["predicted"] / base["predicted"], measured, error))
+            predicted = shorter * row["predicted"] / base["predicted"]
+            found.append((row["scheme"], predicted, measured, error))
     return found
 
 
 def draw_step_noise(rows, file):
-    """Predicted against measured squares of a step, each over the baseline's there."""
+    """Predicted against measured noise of a step, each over the baseline's there."""
     figure = Figure(figsize=(11, 10), layout="constrained")
     axis = figure.subplots()
     colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",
                "#999999"]
     colour_of = dict(zip(step_noise.SCHEMES[1:], colours))
-    for scheme, x, y, error in squares_over_the_baselines(rows):
-        axis.errorbar(x, y, error, color=colour_of[scheme], fmt="o", markersize=9, linewidth=2)
+    for scheme, x, y, error in noises_over_the_baselines(rows):
+        # What is known to half of itself only is drawn thin and hollow.
+        known = error < 0.5 * y
+        axis.errorbar(x, y, error, color=colour_of[scheme], fmt="o", markersize=10,
+                      fillstyle="full" if known else "none", linewidth=2 if known else 0.7)
     for scheme, colour in colour_of.items():
         axis.plot([], [], "o", color=colour, markersize=9, label=ARM_TITLES[scheme])
     low, high = axis.get_xlim()
     axis.plot([low, high], [low, high], color="black", linewidth=1)
-    axis.set_title("M predicts the squared length of a training step", fontsize=26)
-    axis.set_xlabel("predicted E|ĝ|², over the baseline's", fontsize=22)
-    axis.set_ylabel("measured in training steps, over the baseline's", fontsize=22)
+    axis.set_title("M predicts how noisy training steps are", fontsize=26)
+    axis.set_xlabel("predicted noise E|ĝ|²/|E ĝ|², over the baseline's", fontsize=22)
+    axis.set_ylabel("with E|ĝ|² measured in training steps", fontsize=22)
     axis.tick_params(labelsize=21)
     # In one case the steps differ so much that its bar leaves the page.
     axis.set_ylim(0, 2.6)

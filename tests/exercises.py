@@ -202,7 +202,7 @@ def main(arguments=None):
     parser.add_argument("--tests", action="store_true", help="list the tests, or words to choose")
     parser.add_argument("--answers", metavar="FOLDER", default=ROOT / "runs/answers")
     parser.add_argument("--score", metavar="FILE", help="judge all answers, and write JSON")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_intermixed_args(arguments)
     if asked.score:
         text = json.dumps(score(asked.answers), indent=1)
         Path(asked.score).write_text(text, encoding="utf-8")
@@ -217,8 +217,11 @@ def main(arguments=None):
     number = int(asked.exercise)
     exercise, file = EXERCISES[number - 1], answer_file(number, asked.answers)
     print(heading(number), textwrap.fill(exercise.task, 96), sep="\n")
+    for signature, requirement in exercise.stubs:
+        print(f"    {signature}", textwrap.indent(textwrap.fill(requirement, 90), "        "),
+              sep="\n")
     if asked.tests:
-        listed = nodes(exercise) if exercise.stubs else truth(exercise)[2]
+        listed = nodes(exercise) + list(exercise.checks) if exercise.stubs else truth(exercise)[2]
         print(*listed, sep="\n")
         return 0
     if asked.stub and exercise.stubs and not file.exists():

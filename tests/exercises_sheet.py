@@ -154,8 +154,8 @@ EXERCISES = (
                "test_the_matrix_between_two_batches_is_a_block_of_the_matrix_of_both[foreign]")),
     Exercise(
         "A step on one image", 2, 30, "ntk",
-        "Compute what learning one image does to others, then draw it for three images of toy_data "
-        "(a row is an image): which of them does the step hurt (Eq. 11, 12)?",
+        "Compute what learning one image does to others, and which of them it hurts (Eq. 11, 12). "
+        "Then draw it for three images of toy_data, a row for each. (The drawing is not judged.)",
         (("influence(f, params, inputs, residuals, j)",
           "(N, D) how fast every output moves while gradient descent follows the loss |r_j|^2 / 2 "
           "of sample j alone. f, params, inputs and residuals are as for interaction_matrix."),

@@ -314,8 +314,8 @@ def test_the_readme_says_the_floor_as_it_is_drawn():
     half, noisy = [], []
     for name in toy_data.GRANULARITIES:
         _, at_half, _, at_much_noise = floors[f"{name} marked"]
-        half.append(f"{at_half:.3f} ({name})".removeprefix("0"))
-        noisy.append(f"{at_much_noise:.3f}".removeprefix("0"))
+        half.append(f"{paint.short(at_half)} ({name})".removeprefix("0"))
+        noisy.append(paint.short(at_much_noise).removeprefix("0"))
     page = (figures.ROOT / "README.md").read_text(encoding="utf-8")
     assert f"at t = .5 is {', '.join(half)}, at t = .95 {', '.join(noisy)}." in page
 

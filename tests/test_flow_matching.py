@@ -320,10 +320,35 @@ def sampler_slope(sampler):
     return math.log(errors[1] / errors[0]) / math.log(512 / 64)
 
 
+def sample_along(velocity, x, times):
+    """fm.sample, which makes its own times, in the form of the other samplers."""
+    def model(x, t, tokens):
+        return velocity(x, t)
+
+    return fm.sample(model, None, x, len(times) - 1)
+
+
 def test_euler_is_of_first_and_heun_of_second_order():
     """Eq. 6: slopes of the error."""
     assert abs(sampler_slope(fm.euler) + 1) < 0.1
     assert abs(sampler_slope(fm.heun) + 2) < 0.1
+    assert abs(sampler_slope(sample_along) + 2) < 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_sampling_never_asks_for_the_velocity_at_zero(steps):
+    """The exact velocity of one point has none there. Its path is straight: any steps end on it."""
+    point, asked = rand(1, 3, seed=1), []
+
+    def model(x, t, tokens):
+        asked.append(t.min().item())
+        return fm.exact_velocity(x, t, point)
+
+    noise = rand(5, 3)
+    assert near(fm.sample(model, None, noise, steps), point.expand(5, 3))
+    assert min(asked) > 0 and len(asked) == 2 * steps - 1
+    with pytest.raises(ValueError, match="needs 0 < t"):               # the twin
+        fm.heun(fm.guided(model, None), noise, torch.linspace(1, 0, steps + 1))
 
 
 @pytest.mark.parametrize("sampler", [fm.euler, fm.heun])
@@ -407,7 +432,7 @@ def test_guidance_is_off_at_one_and_linear():
     assert not near(guided(3), guided(1), within=0.1)                  # twin
 
 
-def test_sampling_is_heun_along_the_guided_velocity():
+def test_sampling_goes_along_the_guided_velocity():
     """Eq. 6: dx/dt = x + s t k has x(0) = (x(1) + 2 s k) / e - s k for a caption of sum k."""
     noise = rand(3, 2)
     for scale in (1.0, 2.0):

@@ -367,10 +367,11 @@ def run_flow_matching(watch, fm):
 
     with watch.given(fm.path, fm.residual, fm.loss, N=5):
         fm.loss(network, x, x, t, TOKENS)
-    with watch.given(fm.sample, fm.heun, fm.guided, N=5, T=4):
+    with watch.given(fm.sample, fm.guided, N=5, T=4):
         fm.sample(network, TOKENS, x, 3, 2.0)
-    with watch.given(fm.euler, fm.guided, N=5, T=4):
+    with watch.given(fm.euler, fm.heun, fm.guided, N=5, T=4):
         fm.euler(fm.guided(network, TOKENS), x, torch.linspace(1, 0, 4))
+        fm.heun(fm.guided(network, TOKENS), x, torch.linspace(1, 0, 4))
     with watch.given(fm._exact, fm._posterior_and_velocity, N=5, S=7, D=8):
         fm.exact_velocity(x, t, points)
         fm.exact_velocity(x, t, rand(5, 7, 2, 4))
@@ -404,6 +405,8 @@ def run_ntk(watch, ntk):
         ntk.fast_ntk_blocks(model, x)
         K = ntk.ntk_blocks(f, params, x)
         ntk._require_same(K.transpose(1, 2), r, ntk.interaction_matrix(f, params, x, r))
+    with watch.given(ntk.frozen_residuals, N=6, D=4, ND=24):
+        ntk.frozen_residuals(K, r.view(6, 2, 2), 0.1)
     run_factors(watch, ntk)
     with watch.given(ntk.conflict_share, N=7, G=3):
         ntk.conflict_share(rand(7, 7), torch.arange(7) % 3)

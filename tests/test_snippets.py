@@ -354,7 +354,7 @@ def test_the_debugger_stops_where_the_readme_says_and_shows_what_it_says(tmp_pat
     assert a == pytest.approx([1 / 6] * 6, abs=1e-4)
 
     assert "Breakpoint 2 at" in answers[stop_at_shares]
-    assert answers[see_share].startswith("('text.embed', tensor(")
+    assert answers[see_share].startswith("('head', tensor(")
     assert answers[see_sum].startswith("(18, tensor(")            # 2 roots, 3 views, 3 noise levels
     assert "Breakpoint 3 at" in answers[stop_at_M]
     (share,), (whole,), (M,) = [tensors_in(answers[see]) for see in (see_share, see_sum, see_M)]

@@ -224,11 +224,56 @@ def contestants(device):
 CONTESTS = {"K": contest_of_kernels, "M": contest_of_matrices}
 
 
+# --- What bounds these times ----------------------------------------------------------------------
+
+def products_of_matrices(model, inputs, C):
+    """The floating-point operations of the layers' shares of K (C = D), or of M (C = 1).
+
+    Half of all pairs of samples, since both are symmetric; two operations for a multiplication.
+    """
+    batch = ntk._forward(model, inputs)
+    N, total = len(batch.v), 0
+    for layer in batch.layers.values():
+        if ntk._grams_are_cheaper(layer, N, C):
+            b = ntk._places(layer.module, torch.zeros(layer.shape))
+            _, T, O = b.shape
+            total += N * N * (C * T * T * O + C * C * T * O)
+        else:
+            total += N * N * C * C * sum(p.numel() for p in layer.trained.values())
+    return total
+
+
+def print_bounds(device):
+    """What the products of matrices in K and in M cost, and what this core makes of them."""
+    A = torch.randn(2048, 2048, device=device)
+
+    def multiply():
+        A @ A
+
+    rate = 2 * 2048**3 / seconds_of(multiply, device)
+    print(f"products of 2048 x 2048 matrices: {rate / 1e9:.0f} GFLOP/s")
+    for name, (model, make) in contestants(device).items():
+        D = model(*make(1)).numel()
+        of_K = products_of_matrices(model, make(4), D)
+        of_M = products_of_matrices(model, make(256), 1)
+        x = make(256)
+
+        def forward_and_backward():
+            torch.autograd.grad(model(*x).square().sum(), list(model.parameters()))
+
+        passes = seconds_of(forward_and_backward, device)
+        print(f"{name}: products in K, N = 4: {of_K / 1e9:.1f} GFLOP, {of_K / rate:.2f} s at that "
+              f"rate; in M, N = 256: {of_M / 1e9:.1f} GFLOP, {of_M / rate:.3f} s; forward and "
+              f"backward pass, N = 256: {passes:.3f} s", flush=True)
+
+
 def bench(rounds, names, contests):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     place = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
     print(f"{place}, torch {torch.__version__}, float32, D = 768, {rounds} rounds in turns\n")
+    if "bounds" in contests:
+        return print_bounds(device)
     print("| model (parameters) | what | against | times faster (median) | seconds | theirs "
           "| MB | theirs |")
     print("|---|---|---|---|---|---|---|---|")
@@ -249,7 +294,8 @@ if __name__ == "__main__":
     parser.add_argument("rounds", nargs="?", type=int, default=3, help="rounds (default 3)")
     parser.add_argument("--models", nargs="+", default=["MLP", "DiT", "U-Net"],
                         choices=["MLP", "DiT", "U-Net"], help="which networks (default all)")
-    parser.add_argument("--what", nargs="+", default=["K", "M"], choices=["K", "M"],
-                        help="the kernel, the interaction matrix, or both (default)")
+    parser.add_argument("--what", nargs="+", default=["K", "M"], choices=["K", "M", "bounds"],
+                        help="the kernel, the interaction matrix, or both (default); or, alone, "
+                             "what their times cannot go below")
     flags = parser.parse_args()
     bench(flags.rounds, flags.models, flags.what)

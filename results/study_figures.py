@@ -2,7 +2,7 @@
 
 `python results/study.py --draw` writes them.
 
-Every function takes all rows and returns a matplotlib figure. All text is at least 12 points high
+Every function takes all rows and returns a matplotlib figure. All text is at least 16 points high
 in a figure 12 inches wide, so that it can be read at the back of a lecture hall.
 """
 
@@ -25,9 +25,9 @@ STYLES = {
 
 def two_panels(title):
     """A figure with a panel for each network, and the panels by the network's name."""
-    figure = Figure(figsize=(12, 5.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    figure.suptitle(title, fontsize=16)
+    figure = Figure(figsize=(12, 7.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    figure.suptitle(title, fontsize=23)
     for axis, name in zip(axes, MODELS.values()):
         axis.set_title(name)
         axis.grid(alpha=0.3)
@@ -79,9 +79,10 @@ def views(rows):
                 one_interval(axis, place + 0.25 * (k - 1), gaps, VIEW_COLOURS[view], label)
         axis.axhline(0, color="grey", linewidth=2)
         axis.set(ylim=(-15, 40))
-        axis.set_xticks(range(len(arms)), arms)
-    panels["dit"].set_ylabel("final |v - u*|²/D minus the baseline's, in 1/1000")
-    panels["dit"].legend(title="below 0 is better")
+        axis.set_xticks(range(len(arms)), [arm.replace("_", "\n") for arm in arms])
+    panels["dit"].set_ylabel("final |v - u*|²/D minus the baseline's,\n"
+                             "in 1/1000 (below 0 is better)")
+    panels["dit"].legend()
     return figure
 
 
@@ -96,7 +97,7 @@ def one_interval(axis, place, gaps, colour, label):
 
 def who_conflicts(rows):
     """The share of conflicting pairs at every checkpoint of the baseline, by what two share."""
-    figure, panels = two_panels("Conflict is what remains once the common direction is learned")
+    figure, panels = two_panels("Conflict grows while a network is fine-tuned")
     for model, axis in panels.items():
         baselines = of_arm(select(rows, 0, model)[0], "baseline")
         probe = baselines[0]["probe"]
@@ -109,16 +110,17 @@ def who_conflicts(rows):
                 shares.append(100 * total / len(baselines))
             label = " and ".join(kind.replace("view", "granularity").split())
             axis.plot(steps, shares, "o", linestyle=line, color=colour, label=label)
-        axis.set(xlabel="steps of the fine-tuning (baseline)", ylim=(-2, 57))
+        axis.set(xlabel="steps (baseline)", ylim=(-2, 57))
     panels["dit"].set_ylabel("pairs with M_ij < 0, %")
     handles, labels = panels["dit"].get_legend_handles_labels()
-    figure.legend(handles, labels, title="the two share their", loc="outside right center")
+    figure.legend(handles, labels, title="the two share their", loc="outside lower center", ncols=3)
     return figure
 
 
 def conflict_and_error(rows):
     """Every run: conflict and final error, both against the baseline of its seed."""
-    figure, panels = two_panels("Less conflict does not go with a smaller error")
+    figure, panels = two_panels("Less conflict does not go with a smaller error\n"
+                                "(both minus the baseline's)")
     for model, axis in panels.items():
         runs, arms = select(rows, 0, model)
         for arm in arms:
@@ -127,13 +129,13 @@ def conflict_and_error(rows):
             less = [100 * gap for gap in paired(runs, arm, "baseline", conflict)]
             worse = [100 * change for change in relative(runs, arm)]
             colour, marker = STYLES[arm]
-            axis.plot(less, worse, marker, color=colour, label=arm)
+            axis.plot(less, worse, marker, color=colour, markersize=9, label=arm)
         axis.axhline(0, color="grey")
         axis.axvline(0, color="grey")
-        axis.set(xlabel="conflicting pairs minus the baseline's, points")
-    panels["dit"].set_ylabel("final |v - u*|²/D against the baseline's, %")
+        axis.set(xlabel="conflicting pairs (points)")
+    panels["dit"].set_ylabel("final |v - u*|²/D (%)")
     handles, labels = panels["dit"].get_legend_handles_labels()
-    figure.legend(handles, labels, title="each seed of", loc="outside right center")
+    figure.legend(handles, labels, title="each seed of", loc="outside lower center", ncols=5)
     return figure
 
 
@@ -144,7 +146,7 @@ FIGURES = {"study.png": curves, "study_views.png": views, "study_geometry.png": 
 def draw(rows, folder):
     """Writes every figure into a folder; returns them by the name of their file."""
     figures = {}
-    with matplotlib.rc_context({"font.size": 13}):
+    with matplotlib.rc_context({"font.size": 19, "legend.fontsize": 17}):
         for file, paint in FIGURES.items():
             figures[file] = paint(rows)
             figures[file].savefig(folder / file, dpi=80)

@@ -4,6 +4,7 @@ They are made without pyplot, so that no window system and no notebook has a say
 """
 
 import os
+import textwrap
 
 import torch
 from matplotlib.figure import Figure
@@ -21,6 +22,7 @@ VIEW_COLOURS = {"macro": "#0072b2", "meso": "#e69f00", "micro": "#009e73"}
 KINDS = {"root view": ("black", "-"), "root level": ("black", "--"), "root": ("black", ":"),
          "view level": ("#d55e00", "-"), "view": ("#d55e00", "--"),
          "level": ("#cc79a7", "-"), "nothing": ("#56b4e9", "-")}
+SHARED = {"root": "root", "view": "granularity", "level": "noise level", "nothing": "nothing"}
 FINE_TUNING = "optimizer step (vertical line: the fine-tuning begins)"
 
 
@@ -57,17 +59,14 @@ def show(axis, images):
 
 def draw_samples(columns, title, file):
     """A grid: columns of (title, [(caption, two true images, three samples)])."""
-    figure = Figure(figsize=(18, 9), layout="constrained")
-    rows = len(columns[0][1])
-    axes = figure.subplots(rows, len(columns))
-    for column, (head, entries) in zip(axes.T, columns):
-        for axis, (caption, truth, made) in zip(column, entries):
+    figure = Figure(figsize=(15, 11.5), layout="constrained")
+    for part, (head, entries) in zip(figure.subfigures(1, len(columns)), columns):
+        part.suptitle(head, fontsize=18, fontweight="bold")
+        for axis, (caption, truth, made) in zip(part.subplots(len(entries), 1), entries):
             gap = torch.ones_like(truth[0][:, :, :6])
             show(axis, [*truth, gap, *made])
-            axis.set_title(caption, fontsize=14)
-        first_caption = entries[0][0]
-        column[0].set_title(f"{head}\n{first_caption}", fontsize=14)
-    figure.suptitle(title, fontsize=18)
+            axis.set_title(textwrap.fill(caption, 30), fontsize=17)
+    figure.suptitle(title, fontsize=20)
     save(figure, file, dpi=80)
 
 
@@ -93,15 +92,15 @@ def draw_curves(log, s, file):
         draw_validation(above, below, log, view, colour)
     for axis, name in ((above, "loss per output"), (below, "error |v - u*|²/D")):
         axis.set_yscale("log")
-        axis.set_ylabel(name, fontsize=15)
+        axis.set_ylabel(name, fontsize=19)
         axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)
-        axis.legend(fontsize=12, ncols=2)
+        axis.legend(fontsize=16, ncols=2)
         axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=13)
-    below.set_xlabel(FINE_TUNING, fontsize=15)
-    above.set_title("The loss stays above its floor (dotted)", fontsize=16)
-    below.set_title("What a better network could still remove", fontsize=16)
-    figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}", fontsize=16)
+        axis.tick_params(labelsize=17, which="both")
+    below.set_xlabel(FINE_TUNING, fontsize=19)
+    above.set_title("The loss stays above its floor (dotted)", fontsize=20)
+    below.set_title("What a better network could still remove", fontsize=20)
+    figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}", fontsize=20)
     save(figure, file, dpi=80)
 
 
@@ -123,25 +122,25 @@ def draw_validation(above, below, log, view, colour):
 
 def draw_probe(rows, s, file):
     """How the interaction matrix of the probe batch evolves, and what it is at last."""
-    figure = Figure(figsize=(18, 14), layout="constrained")
+    figure = Figure(figsize=(18, 15), layout="constrained")
     (conflict, cosine), (numbers, matrix) = figure.subplots(2, 2)
-    draw_kinds(conflict, rows, "conflict", "Share of pairs in conflict, by what they share")
-    draw_kinds(cosine, rows, "cosine", "Mean cosine of two gradients, by what they share")
-    low, high = cosine.get_ylim()
-    cosine.set_ylim(low, high + 0.4 * (high - low))                # room for the legend
-    cosine.legend(title="the two share their", fontsize=13, title_fontsize=13, ncols=2,
-                  loc="upper right")
+    draw_kinds(conflict, rows, "conflict", "Share of pairs in conflict")
+    draw_kinds(cosine, rows, "cosine", "Mean cosine of two gradients")
+    figure.legend(*cosine.get_legend_handles_labels(), title="the two samples share their",
+                  fontsize=19, title_fontsize=19, ncols=4, loc="outside upper center")
     draw_numbers(numbers, rows)
     for axis in (conflict, cosine, numbers):
         axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)
         axis.grid(alpha=0.3)
-        axis.set_xlabel(FINE_TUNING, fontsize=14)
-        axis.tick_params(labelsize=13)
+        axis.set_xlabel(FINE_TUNING, fontsize=19)
+        axis.tick_params(labelsize=18)
     M = torch.as_tensor(rows[-1]["M"])
     shown = draw_matrix(matrix, M, f"M after step {rows[-1]['step']}, as cosines")
-    figure.colorbar(shown, ax=matrix, label="cosine (negative: the two conflict)")
+    bar = figure.colorbar(shown, ax=matrix)
+    bar.set_label("cosine (below 0: conflict)", fontsize=19)
+    bar.ax.tick_params(labelsize=18)
     figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}: the interaction matrix of"
-                    f" {s.probe} roots of the target domain", fontsize=18)
+                    f" {s.probe} roots of the target domain", fontsize=23)
     save(figure, file, dpi=70)
 
 
@@ -150,8 +149,10 @@ def draw_kinds(axis, rows, measure, title):
     for kind in rows[0]["pairs"]:
         colour, line = KINDS[kind]
         values = [row["pairs"][kind][measure] for row in rows]
-        axis.plot(steps, values, "o", linestyle=line, markersize=4, color=colour, label=kind)
-    axis.set_title(title, fontsize=16)
+        name = ", ".join(SHARED[word] for word in kind.split())
+        axis.plot(steps, values, "o", linestyle=line, linewidth=2, markersize=6, color=colour,
+                  label=name)
+    axis.set_title(title, fontsize=21)
 
 
 def draw_numbers(axis, rows):
@@ -164,8 +165,8 @@ def draw_numbers(axis, rows):
     axis.plot(steps, [row["drift"] for row in rows], "^-", color="#cc79a7",
               label="drift of the kernel (Eq. 16)")
     axis.set_yscale("symlog", linthresh=0.1)
-    axis.set_title("The whole matrix (linear below 0.1)", fontsize=16)
-    axis.legend(fontsize=12)
+    axis.set_title("The whole matrix (linear below 0.1)", fontsize=21)
+    axis.legend(fontsize=18)
 
 
 def draw_matrix(axis, M, title):
@@ -174,10 +175,10 @@ def draw_matrix(axis, M, title):
     shown = axis.imshow(ntk.cosines(M).numpy(), vmin=-1, vmax=1, cmap="PuOr")
     middles = range(4, len(M), 9)
     names = [f"root {k + 1}" for k in range(roots)]
-    axis.set_xticks(middles, names, rotation=60, fontsize=12)
-    axis.set_yticks(middles, names, fontsize=12)
-    axis.set_title(title, fontsize=16)
-    axis.set_xlabel("in a root: macro, meso, micro; in each: t = 0.2, 0.5, 0.8", fontsize=13)
+    axis.set_xticks(middles, names, rotation=60, fontsize=18)
+    axis.set_yticks(middles, names, fontsize=18)
+    axis.set_title(title, fontsize=21)
+    axis.set_xlabel("in a root: macro, meso, micro; each at t = 0.2, 0.5, 0.8", fontsize=18)
     for edge in range(9, len(M), 9):
         axis.axhline(edge - 0.5, color="black", linewidth=0.6)
         axis.axvline(edge - 0.5, color="black", linewidth=0.6)

@@ -287,10 +287,10 @@ def paint_blocks(axis, K):
     """K as 2 x 2 blocks of D x D numbers each; the block of samples 1 and 2 has a frame."""
     N, _, D, _ = K.shape
     table = K.transpose(1, 2).reshape(N * D, N * D)                # (ND, ND)
-    number_table(axis, table, size=18, decimals=1)
+    number_table(axis, table, size=17, decimals=1)
     axis.axhline(D - 0.5, color="black", linewidth=2)
     axis.axvline(D - 0.5, color="black", linewidth=2)
-    frame = Rectangle((D - 0.5, -0.5), D, D, fill=False, linewidth=6, clip_on=False)
+    frame = Rectangle((D - 0.5, -0.5), D, D, fill=False, linewidth=4, clip_on=False)
     axis.add_patch(frame)
     middles = [D * sample + (D - 1) / 2 for sample in range(N)]
     axis.set_xticks(middles, ("sample 1", "sample 2"))
@@ -339,7 +339,7 @@ def influence(measured):
         for axis in column:
             without_ticks(axis)
     labels = ("image", "the step adds\nthis to its\nprediction\n(grey: nothing)",
-              "violet: helps\norange: hurts\n\nM is the sum\n(the first is 1)")
+              "violet: helps\norange: hurts\n\nM: their sum,\nin units of\nthe first")
     for axis, label in zip(axes[:, 0], labels):
         axis.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=12)
     return figure
@@ -354,17 +354,23 @@ def step(measured):
     """Eq. 15: two lines that part."""
     figure = new_figure("M predicts what a small step does to the loss;\na large step overshoots")
     axis = figure.subplots()
-    predicted, real = COLOURS[1], COLOURS[0]
-    axis.semilogx(measured["eta"], measured["predicted"], color=predicted, linewidth=5,
-                  label="predicted by M")
-    axis.semilogx(measured["eta"], measured["measured"], color=real, linewidth=5, label="measured")
+    eta, whole = measured["eta"], measured["loss"]
+    for name, colour in (("predicted", COLOURS[1]), ("measured", COLOURS[0])):
+        shares = [change / whole for change in measured[name]]
+        label = "predicted by M" if name == "predicted" else name
+        axis.semilogx(eta, shares, color=colour, linewidth=5, label=label)
     axis.axhline(0, color="grey", linewidth=1)
     axis.legend(loc="upper left")
-    # The exponent of 10^-6 would be too small to read.
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="step size η", ylabel="change of the loss")
-    axis.set(ylim=(-1.2 * measured["loss"], 1.2 * measured["loss"]))
+    axis.xaxis.set_major_formatter(in_powers_of_ten)
+    axis.yaxis.set_major_formatter("{x:+.0%}")
+    axis.set(xlabel="step size η", ylabel="change of the loss, as a share of it")
+    axis.set(ylim=(-1.2, 1.2))
     return figure
+
+
+def in_powers_of_ten(value, _):
+    """Such as 1e-4: the exponent of a power would be too small to read."""
+    return f"1e{math.log10(value):.0f}"
 
 
 # --- M while training -----------------------------------------------------------------------------

@@ -57,21 +57,21 @@ class Settings:
     smallest_object: float = option(0.0, "roots whose object has a smaller radius have no micro "
                                     "view: it would be enlarged too much", 0.0, 1.0)
     # The network.
-    width: int = option(96, "channels of a token (DiT) or of the coarsest grid (U-Net)", 8)
-    depth: int = option(4, "blocks (DiT only)", 1)
-    patch: int = option(4, "height and width of a patch (DiT only)", 1)
+    width: int = option(64, "channels of a token (DiT) or of the coarsest grid (U-Net)", 8)
+    depth: int = option(3, "blocks (DiT only)", 1)
+    patch: int = option(2, "height and width of a patch (DiT only)", 1)
     # The training.
     arm: str = option("sga", "how to fine-tune: the method (sga), its ingredients, or a control",
                       choices=tuple(sga.ARMS))
     pretrain_views: str = option("all", "of the pretraining: whole scenes alone (macro), or all "
                                  "granularities, half of them macro", choices=("macro", "all"))
-    pretrain_steps: int = option(5600, "optimizer steps on the base domain", 1)
-    finetune_steps: int = option(1200, "on views of the target domain (arm big: a third)", 0)
+    pretrain_steps: int = option(5000, "optimizer steps on the base domain", 1)
+    finetune_steps: int = option(2800, "on views of the target domain (arm big: a third)", 0)
     batch: int = option(32, "images in a step of the pretraining", 1)
     tuples: int = option(8, "tuples in a step of the fine-tuning, of up to three views each", 1)
     chunk: int = option(0, "most views in one backward pass, to save memory; 0: all of a step", 0)
-    lr: float = option(3e-3, "peak learning rate of the pretraining", 0.0, 1.0)
-    finetune_lr: float = option(2e-3, "peak learning rate of the fine-tuning", 0.0, 1.0)
+    lr: float = option(4e-3, "peak learning rate of the pretraining", 0.0, 1.0)
+    finetune_lr: float = option(3e-3, "peak learning rate of the fine-tuning", 0.0, 1.0)
     rank: int = option(0, "of the adapters that the fine-tuning trains in place of all weights; "
                        "0: all weights", 0, 4096)
     warmup: int = option(200, "steps in which the learning rate rises", 1)
@@ -86,7 +86,7 @@ class Settings:
     time_shift: float = option(1.0, "resolution shift of t; above 1 favours noise", 1e-3, 1e3)
     # The report.
     every: int = option(400, "steps between two rows of the log, each with a checkpoint", 1)
-    guidance: float = option(1.5, "scale of the guidance when sampling; 1 is off", 0.0, 100.0)
+    guidance: float = option(3.0, "scale of the guidance when sampling; 1 is off", 0.0, 100.0)
     sample_steps: int = option(8, "steps when sampling: Heun's, the last one Euler's", 1)
     eval_images: int = option(256, "images behind every figure of the report", 2)
     probe: int = option(0, "roots whose interaction matrix joins every row of the log", 0)
@@ -99,13 +99,13 @@ class Settings:
 
 # A step of either phase has 192 = 3 * 64 views, so that nothing is compiled for a second size.
 GPU = {"device": "cuda", "precision": "bfloat16", "graph": 1, "pixels": 32, "objects": 2,
-       "width": 192, "batch": 192, "tuples": 64, "lr": 2e-3, "pretrain_steps": 10000,
-       "finetune_steps": 600, "every": 5000}
-TINY = {"width": 24, "depth": 1, "roots": 4, "pretrain_steps": 8, "finetune_steps": 4, "batch": 4,
-        "tuples": 2, "warmup": 2, "every": 2, "sample_steps": 2, "eval_images": 8}
-PRESETS = {("cpu", "dit"): {},
-           ("cpu", "unet"): {"pretrain_steps": 4500, "lr": 2e-3},
-           ("gpu", "dit"): GPU, ("gpu", "unet"): GPU,
+       "width": 192, "depth": 4, "patch": 4, "batch": 192, "tuples": 64, "lr": 2e-3,
+       "finetune_lr": 2e-3, "pretrain_steps": 10000, "finetune_steps": 600, "every": 5000}
+TINY = {"width": 24, "patch": 4, "depth": 1, "roots": 4, "batch": 4, "tuples": 2, "every": 2,
+        "pretrain_steps": 8, "finetune_steps": 4, "warmup": 2, "sample_steps": 2, "eval_images": 8}
+UNET = {"width": 96, "pretrain_steps": 4500, "finetune_steps": 1200, "lr": 2e-3,
+        "finetune_lr": 2e-3, "guidance": 2.0}
+PRESETS = {("cpu", "dit"): {}, ("cpu", "unet"): UNET, ("gpu", "dit"): GPU, ("gpu", "unet"): GPU,
            ("tiny", "dit"): TINY, ("tiny", "unet"): TINY}
 
 

@@ -42,8 +42,8 @@ BASES = ROOT / "runs/regimes"
 ROWS = ROOT / "results/regimes.jsonl"
 MODELS = ("dit", "unet")
 
-SIZE = {"pixels": 16, "width": 72, "time_mean": 0.0, "sample_steps": 8, "eval_images": 64,
-        "warmup": 100, "guidance": 2.0}
+SIZE = {"pixels": 16, "width": 72, "depth": 4, "patch": 4, "time_mean": 0.0, "sample_steps": 8,
+        "eval_images": 64, "warmup": 100, "guidance": 2.0}
 PRETRAINING = {"dit": {"pretrain_steps": 6000, "batch": 32, "lr": 2e-3},
                "unet": {"pretrain_steps": 4000, "batch": 32, "lr": 2e-3}}
 FINETUNING = {"roots": 48, "smallest_object": 0.24, "warmup": 50, "probe": 6}

@@ -36,8 +36,9 @@ from support import book, report  # noqa: E402
 RUNS = ROOT / "runs/study"
 RESULTS = ROOT / "results"
 
-SIZE = {"pixels": 16, "width": 72, "eval_images": 128, "sample_steps": 8, "guidance": 2.0,
-        "pretrain_views": "macro", "time_mean": 0.5, "warmup": 100, "finetune_lr": 1e-3}
+SIZE = {"pixels": 16, "width": 72, "depth": 4, "patch": 4, "eval_images": 128, "sample_steps": 8,
+        "guidance": 2.0, "pretrain_views": "macro", "time_mean": 0.5, "warmup": 100,
+        "finetune_lr": 1e-3}
 PRETRAINING = {"dit": {"pretrain_steps": 6000, "batch": 32, "lr": 2e-3},
                "unet": {"pretrain_steps": 4000, "batch": 32, "lr": 2e-3}}
 FINETUNING = {"finetune_steps": 450, "every": 75, "time_mean": 0.0, "smallest_object": 0.24,

@@ -59,13 +59,13 @@ def show(axis, images):
 
 def draw_samples(columns, title, file):
     """A grid: columns of (title, [(caption, two true images, three samples)])."""
-    figure = Figure(figsize=(15, 11.5), layout="constrained")
+    figure = Figure(figsize=(15, 9.8), layout="constrained")
     for part, (head, entries) in zip(figure.subfigures(1, len(columns)), columns):
-        part.suptitle(head, fontsize=18, fontweight="bold")
+        part.suptitle(head.replace(": ", ":\n"), fontsize=18, fontweight="bold")
         for axis, (caption, truth, made) in zip(part.subplots(len(entries), 1), entries):
             gap = torch.ones_like(truth[0][:, :, :6])
             show(axis, [*truth, gap, *made])
-            axis.set_title(textwrap.fill(caption, 30), fontsize=17)
+            axis.set_title(textwrap.fill(caption, 32), fontsize=17)
     figure.suptitle(title, fontsize=20)
     save(figure, file, dpi=80)
 
@@ -94,7 +94,9 @@ def draw_curves(log, s, file):
         axis.set_yscale("log")
         axis.set_ylabel(name, fontsize=19)
         axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)
-        axis.legend(fontsize=16, ncols=2)
+        _, high = axis.get_ylim()
+        axis.set_ylim(top=2.2 * high)          # room for the legend
+        axis.legend(fontsize=15, ncols=4, loc="upper center")
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=17, which="both")
     below.set_xlabel(FINE_TUNING, fontsize=19)
@@ -127,7 +129,7 @@ def draw_probe(rows, s, file):
     draw_kinds(conflict, rows, "conflict", "Share of pairs in conflict")
     draw_kinds(cosine, rows, "cosine", "Mean cosine of two gradients")
     figure.legend(*cosine.get_legend_handles_labels(), title="the two samples share their",
-                  fontsize=19, title_fontsize=19, ncols=4, loc="outside upper center")
+                  fontsize=19, title_fontsize=19, ncols=4, loc="outside lower center")
     draw_numbers(numbers, rows)
     for axis in (conflict, cosine, numbers):
         axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)

@@ -30,8 +30,11 @@ def line(seeds):
     first = seeds[0]
     captions = f"{first['model']}, {first['domain']} {first['split'].replace('_', ' ')}"
     joint = [row["joint"] for row in seeds]
-    every_seed = ", ".join(f"{100 * share:.1f}" for share in joint)
-    cells = [captions, first["view"], f"{mean(joint):.1%} ({every_seed})"]
+    shown = f"{mean(joint):.1%}"
+    if len(joint) > 1:
+        every_seed = ", ".join(f"{100 * share:.1f}" for share in joint)
+        shown += f" ({every_seed})"
+    cells = [captions, first["view"], shown]
     for name in ("ceiling", "valid"):
         cells.append(f"{mean([row[name] for row in seeds]):.1%}")
     for name in ("loss", "floor", "error"):

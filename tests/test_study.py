@@ -229,7 +229,7 @@ def test_the_committed_tables_are_those_of_the_committed_rows(rows):
 
 
 def test_the_tables_on_the_page_are_those_of_the_rows_and_reports(rows):
-    assert len(tabulate.table()) == 2 + 12 + 8     # the DiT's base has rows for all three views
+    assert len(tabulate.table()) == 2 + 12 + 12
     assert "\n".join(study_tables.arms_table(rows)) in PAGE
     assert "\n".join(tabulate.table()) in DETAILS
 

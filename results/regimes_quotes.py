@@ -143,8 +143,7 @@ def quote_the_mechanism(quote, study):
           study.between("unet", "sga", "min_snr", "fit"))
     quote("with flipped offsets macro views would learn more slowly, by {}",
           study.rate("dit", "flipped", "macro"))
-    quote("Against root tuples with the same weights, quiet tuples change the fit by {}, "
-          "generalisation by {} and joint accuracy by {}",
+    quote("quiet tuples change the fit by {}, generalisation by {} and joint accuracy by {}",
           *(study.between("dit", "quiet", "tuple_max", name)
             for name in ("fit", "generalisation", "joint, guidance 2")))
     quote("the share grows from {} to {} in the baseline and to {} with SGA; with the U-Net from "

@@ -363,7 +363,7 @@ def test_the_readme_shows_every_picture_of_the_derivation():
 def test_the_readme_knows_how_much_of_the_loss_is_its_floor():
     rows = json.loads(read("results/runs/dit-0.json"))["rows"]
     shares = [row["floor"] / row["loss"] for row in rows]
-    assert f"{min(shares):.0%} to {max(shares):.0%} of the default run's loss" in README
+    assert f"{min(shares):.0%} to {max(shares):.0%} of the default DiT's loss" in README
     assert len(shares) == 12
 
 

@@ -79,21 +79,36 @@ def test_an_interval_covers_as_often_as_it_says():
 def test_the_tables_hold_what_the_rows_say(rows):
     text = regimes_report.tables(rows)
     assert "## paper, DiT" in text and "## paper, U-Net" not in text
-    [mechanism] = [line for line in text.splitlines() if line.startswith("| SGA | no | no |")]
-    assert "| 1.25 | +10%, +10%, +10% | +3.0 (+0.5 to +5.5) |" in mechanism
+    [mechanism] = [line for line in text.splitlines() if line.startswith("| SGA (`sga`) | no")]
+    assert "| 1.25 | +10.0, +10.0, +10.0 | +3.0, +3.0, +3.0 | +3.0 (+0.5 to +5.5) |" in mechanism
     effect = next(line for line in text.splitlines() if line.startswith("| SGA | 3 |"))
     assert "+3.0 (+0.5 to +5.5)" in effect and "+10.0 (+10.0 to +10.0)" in effect
     assert "1.250 (1.250 to 1.250)" in text
     assert "| 0.001 | 200.0/1000 |" in text
 
 
+def two_squares():
+    """Rows of step_noise.jsonl: the scheme's steps have the expected square 4 times as large."""
+    rows = []
+    for scheme, square, mean_square in (("baseline", 2.0, 0.25), ("tuple", 6.0, 1.0)):
+        rows.append({"model": "dit", "regime": "paper", "step": 0, "scheme": scheme,
+                     "predicted": square, "mean_square": mean_square, "measured": 1.1 * square,
+                     "standard_error": 0.011 * square})
+    return rows
+
+
+def test_the_noise_of_a_step_is_its_square_over_that_of_its_mean():
+    """6/1 over 2/0.25, which is 0.75, by M and as measured; two errors of 1% each make 2.8%."""
+    [(scheme, predicted, measured, bar)] = regimes_report.noises_over_the_baselines(two_squares())
+    assert scheme == "tuple"
+    assert (predicted, measured) == pytest.approx((0.75, 0.75))
+    assert bar == pytest.approx(0.75 * 2 * 2**0.5 * 0.01)
+
+
 def test_the_figures_are_drawn_from_whatever_rows_there_are(rows, tmp_path):
     for name, (lines, title) in regimes_report.FIGURES.items():
         regimes_report.draw_effects(rows, lines(), title, tmp_path / name)
-    noises = []
-    for scheme, predicted in (("baseline", 1.0), ("tuple", 1.2)):
-        noises.append({"model": "dit", "regime": "paper", "step": 0, "scheme": scheme,
-                       "predicted": predicted, "measured": predicted, "standard_error": 0.01})
+    noises = two_squares()
     regimes_report.draw_step_noise(noises, tmp_path / "noise.png")
     for name in (*regimes_report.FIGURES, "noise.png"):
         assert (tmp_path / name).stat().st_size > 5000

@@ -570,8 +570,9 @@ def _inner_products(rows, columns):
     (a, b), (a_columns, b_columns) = rows, columns
     b, b_columns = b[:, 0], b_columns[:, 0]
     # In bands of rows: all pairs of places at once would need too much memory.
-    band = 64
-    if a is not None:
+    if a is None:
+        band = 64
+    else:
         pairs_of_one_row = a.shape[1] * a_columns.shape[1] * len(a_columns)
         band = max(1, min(32, 2**24 // pairs_of_one_row))
     symmetric = columns is rows
@@ -590,8 +591,18 @@ def _inner_products(rows, columns):
 
 def _grams_are_cheaper(layer, N, C):
     """Whether Gram matrices take fewer multiplications than gradients, for N samples."""
+    gradients, grams = _multiplications(layer, N, C)
+    return grams < gradients
+
+
+def _multiplications(layer, N, C):
+    """(by gradients, by Grams): what a layer's share of M (C = 1) or of K (C = D) takes a sample.
+
+    Where only gradients are possible, the second number is infinite.
+    """
     if isinstance(layer.module, NORMS) or "weight" not in layer.trained:
-        return False
+        P = sum(p.numel() for p in layer.trained.values())
+        return N / 2 * C * C * P, math.inf
     O, I = layer.module.weight.flatten(1).shape
     if isinstance(layer.module, nn.Embedding):
         I, O = O, I
@@ -601,7 +612,7 @@ def _grams_are_cheaper(layer, N, C):
     # <a_ip, a_jq>, then the sums over p of b_ip weighted with them, then inner products with b_jq.
     gradients = C * T * I * O + N / 2 * C * C * I * O
     grams = N / 2 * (T * T * I + C * T * T * O + C * C * T * O)
-    return grams < gradients
+    return gradients, grams
 
 
 # --- What a layer is at its places p --------------------------------------------------------------

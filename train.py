@@ -322,7 +322,7 @@ def train(run, folder):
                     recorder.add_row(run, phase_of(s, run.step)[0], norm)
                     report.save_all(run, folder)
             elif first:
-                recorder.pass_over(run)
+                recorder.pass_over(run, phase_of(s, run.step)[0])
             if interrupts:
                 run.finite.check()
                 run.save(os.path.join(folder, "checkpoint.pt"))

@@ -226,25 +226,19 @@ CONTESTS = {"K": contest_of_kernels, "M": contest_of_matrices}
 
 # --- What bounds these times ----------------------------------------------------------------------
 
-def products_of_matrices(model, inputs, C):
+def operations(model, inputs, C):
     """The floating-point operations of the layers' shares of K (C = D), or of M (C = 1).
 
-    Half of all pairs of samples, since both are symmetric; two operations for a multiplication.
+    A multiplication is two operations, with its addition.
     """
     batch = ntk._forward(model, inputs)
-    N, total = len(batch.v), 0
-    for layer in batch.layers.values():
-        if ntk._grams_are_cheaper(layer, N, C):
-            b = ntk._places(layer.module, torch.zeros(layer.shape))
-            _, T, O = b.shape
-            total += N * N * (C * T * T * O + C * C * T * O)
-        else:
-            total += N * N * C * C * sum(p.numel() for p in layer.trained.values())
-    return total
+    N = len(batch.v)
+    return 2 * N * sum(min(ntk._multiplications(layer, N, C)) for layer in batch.layers.values())
 
 
 def print_bounds(device):
-    """What the products of matrices in K and in M cost, and what this core makes of them."""
+    """What the layers' shares of K and of M cost, and what this device makes of such products."""
+    print(f"torch {torch.__version__}, float32, D = 768, {device}")
     A = torch.randn(2048, 2048, device=device)
 
     def multiply():
@@ -254,26 +248,25 @@ def print_bounds(device):
     print(f"products of 2048 x 2048 matrices: {rate / 1e9:.0f} GFLOP/s")
     for name, (model, make) in contestants(device).items():
         D = model(*make(1)).numel()
-        of_K = products_of_matrices(model, make(4), D)
-        of_M = products_of_matrices(model, make(256), 1)
         x = make(256)
+        of_K, of_M = operations(model, make(4), D), operations(model, x, 1)
 
         def forward_and_backward():
             torch.autograd.grad(model(*x).square().sum(), list(model.parameters()))
 
         passes = seconds_of(forward_and_backward, device)
-        print(f"{name}: products in K, N = 4: {of_K / 1e9:.1f} GFLOP, {of_K / rate:.2f} s at that "
-              f"rate; in M, N = 256: {of_M / 1e9:.1f} GFLOP, {of_M / rate:.3f} s; forward and "
+        print(f"{name}: shares of K, N = 4: {of_K / 1e9:.1f} GFLOP, {of_K / rate:.2f} s at that "
+              f"rate; of M, N = 256: {of_M / 1e9:.1f} GFLOP, {of_M / rate:.3f} s; forward and "
               f"backward pass, N = 256: {passes:.3f} s", flush=True)
 
 
 def bench(rounds, names, contests):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
-    place = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
-    print(f"{place}, torch {torch.__version__}, float32, D = 768, {rounds} rounds in turns\n")
     if "bounds" in contests:
         return print_bounds(device)
+    place = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
+    print(f"{place}, torch {torch.__version__}, float32, D = 768, {rounds} rounds in turns\n")
     print("| model (parameters) | what | against | times faster (median) | seconds | theirs "
           "| MB | theirs |")
     print("|---|---|---|---|---|---|---|---|")

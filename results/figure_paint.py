@@ -251,6 +251,7 @@ def paint_bowl(axis, measured):
 
 def paint_products(axis, M):
     """The 3 x 3 table of dot products."""
+    # The colours deepen early, so that the smaller numbers have one too.
     number_table(axis, M, OF_M, largest=1.3 * M.abs().median().item())
     axis.set_xticks(range(3), NAMES, fontsize=24)
     axis.set_yticks(range(3), NAMES, fontsize=24)

@@ -157,24 +157,27 @@ def quote_the_mechanism(quote, study):
 
 
 def errors_of_predictions(noises):
-    """(how many, median and largest error, how many outside of two standard errors)."""
-    errors, outside = [], 0
-    for _, predicted, measured, bar in regimes_report.noises_over_the_baselines(noises):
-        errors.append(abs(predicted / measured - 1))
-        outside += abs(predicted - measured) > bar
-    errors.sort()
+    """(how many, median and largest error, how many outside of their bars) of the noises."""
+    found = regimes_report.noises_over_the_baselines(noises)
+    errors, outside = compare((predicted, measured, bar) for _, predicted, measured, bar in found)
     return len(errors), f"{errors[len(errors) // 2]:.0%}", f"{errors[-1]:.0%}", outside
 
 
 def errors_of_squares(noises):
     """(how many, median error, how many outside of two standard errors) of E|ghat|^2 itself."""
-    errors, outside = [], 0
-    for row in noises:
-        gap = abs(row["predicted"] - row["measured"])
-        errors.append(gap / row["measured"])
-        outside += gap > 2 * row["standard_error"]
-    errors.sort()
+    errors, outside = compare((row["predicted"], row["measured"], 2 * row["standard_error"])
+                              for row in noises)
     return len(errors), f"{errors[len(errors) // 2]:.0%}", outside
+
+
+def compare(triples):
+    """The relative errors in their order, and how many lie outside of their bars."""
+    errors, outside = [], 0
+    for predicted, measured, bar in triples:
+        gap = abs(predicted - measured)
+        errors.append(gap / measured)
+        outside += gap > bar
+    return sorted(errors), outside
 
 
 def largest_uncertainty(noises):

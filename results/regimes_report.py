@@ -113,23 +113,26 @@ def pairs_of(table, arm):
     return found
 
 
+def changes(table, arm, measure):
+    """By seed, in percent: how much larger a measure of the arm is than the baseline's."""
+    return [100 * (measure(row) / measure(baseline) - 1)
+            for row, baseline in pairs_of(table, arm)]
+
+
 def effects(table, arm, yardstick):
     """One number for each seed: the arm against the baseline."""
     measure, unit = YARDSTICKS[yardstick]
-    found = []
-    for row, baseline in pairs_of(table, arm):
-        own, other = measure(row), measure(baseline)
-        change = own / other - 1 if unit == "%" else own - other
-        found.append(100 * change)
-    return found
+    if unit == "%":
+        return changes(table, arm, measure)
+    return [100 * (measure(row) - measure(baseline)) for row, baseline in pairs_of(table, arm)]
 
 
 def fits_of_view(table, arm, view):
     """By seed, in percent: the change of the fit of one granularity."""
-    found = []
-    for row, baseline in pairs_of(table, arm):
-        found.append(100 * (mean(row["fit"][view]) / mean(baseline["fit"][view]) - 1))
-    return found
+    def fit_of_view(row):
+        return mean(row["fit"][view])
+
+    return changes(table, arm, fit_of_view)
 
 
 def t_interval(values):
@@ -158,10 +161,10 @@ def rate_of(row, view):
 
 def predicted_rates(table, arm, view):
     """By seed, in percent: how much faster the arm's first steps lower a granularity's loss."""
-    changes = []
-    for row, baseline in pairs_of(table, arm):
-        changes.append(100 * (rate_of(row, view) / rate_of(baseline, view) - 1))
-    return changes
+    def rate_of_view(row):
+        return rate_of(row, view)
+
+    return changes(table, arm, rate_of_view)
 
 
 # --- Tables ---------------------------------------------------------------------------------------

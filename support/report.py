@@ -325,11 +325,10 @@ class Recorder:
     def start_the_clock(self, run):
         self.clock, self.images = time.time(), images_until(run, run.step)
 
-    def pass_over(self, run):
+    def pass_over(self, run, phase):
         """After a step that has no row. The first one of each phase may compile, which takes its
         time: that counts, but it is no speed. An early line of progress comes soon after it.
         """
-        phase = "pretrain" if run.step <= run.settings.pretrain_steps else "finetune"
         if phase != self.phase:
             self.phase, self.first_step = phase, run.step
             run.seconds += time.time() - self.clock

@@ -689,7 +689,7 @@ def _normalised(norm, a):
 # --- The fast route: K ----------------------------------------------------------------------------
 
 @torch.no_grad()
-def fast_ntk_blocks(model, inputs, chunk=64, hold=2**27, check=True):
+def fast_ntk_blocks(model, inputs, chunk=64, hold=2**28, check=True):
     """(N, N, D, D) K_ij of model(*inputs), layer by layer; errors as for M (Eq. 11).
 
     `chunk` unit vectors go backward at once, for groups of layers that hold at most `hold` numbers.
@@ -770,18 +770,34 @@ def _unit_rest(model, rest, batch, chunk):
     return torch.cat(rows).transpose(0, 1)
 
 
-def _add_share(K, a, b, block=256):
+def _add_share(K, a, b):
     """Adds a layer's share to K (N, D, N, D), only on and below the diagonal: K is symmetric.
 
     It goes in place and by blocks of columns, so that little memory is needed beside K.
     """
-    N, D = b.shape[:2]
     if a is None:
-        G = b.flatten(0, 1)                                        # (ND, P)
-        K = K.view(N * D, N * D)                                   # (ND, ND)
-        for start in range(0, N * D, block):
-            K[start:, start:start + block].addmm_(G[start:], G[start:start + block].T)
+        _add_gradients(K, b)
         return
+    places = _only_places(b)
+    if places is None:
+        _add_grams(K, a, b)
+    else:
+        _add_grams_of_one_place(K, a[:, places], b.sum(2))
+
+
+def _add_gradients(K, g, block=256):
+    """K += g g^T, for the gradients g (N, D, P)."""
+    N, D = g.shape[:2]
+    g = g.flatten(0, 1)                                            # (ND, P)
+    K = K.view(N * D, N * D)                                       # (ND, ND)
+    for start in range(0, N * D, block):
+        some = slice(start, start + block)
+        K[start:, some].addmm_(g[start:], g[some].T)
+
+
+def _add_grams(K, a, b, block=256):
+    """K_ij += sum_pq <a_ip, a_jq> b_ip b_jq^T, for a (N, T, I) and b (N, D, T, O)."""
+    N, D = b.shape[:2]
     for i in range(N):
         # <a_jq, a_ip> for all samples j from i on: a row for each (j, q), a column for each p.
         A = (a[i:] @ a[i].T).flatten(0, 1)
@@ -792,6 +808,30 @@ def _add_share(K, a, b, block=256):
             K[i, start:, i, some].addmm_(b[i, start:].flatten(1), weighted[:, 0].T)
             for j in range(i + 1, N):
                 K[j, :, i, some].addmm_(b[j].flatten(1), weighted[:, j - i].T)
+
+
+def _add_grams_of_one_place(K, a, b, block=256):
+    """K += (a a^T) * (b b^T), for a (N, D, I) and b (N, D, O): one_linear_layer of N D outputs."""
+    N, D = b.shape[:2]
+    a, b = a.flatten(0, 1), b.flatten(0, 1)                        # (ND, I), (ND, O)
+    K = K.view(N * D, N * D)                                       # (ND, ND)
+    for start in range(0, N * D, block):
+        some = slice(start, start + block)
+        K[start:, some].addcmul_(a[start:] @ a[some].T, b[start:] @ b[some].T)
+
+
+def _only_places(b):
+    """(D,) the one place where each output's cotangents b (N, D, T, O) are not zero, or None.
+
+    After the last attention of a DiT, for example, each output comes from a single token. Then the
+    sum over places has one term. None says that some output has more places, or the layer only one.
+    """
+    if b.shape[2] == 1:
+        return None
+    seen = b.any(-1).any(0)                                        # (D, T)
+    if (seen.sum(1) > 1).any():
+        return None
+    return seen.int().argmax(1)
 
 
 def _mirror(K, block=256):

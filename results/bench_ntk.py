@@ -226,14 +226,26 @@ CONTESTS = {"K": contest_of_kernels, "M": contest_of_matrices}
 
 # --- What bounds these times ----------------------------------------------------------------------
 
-def operations(model, inputs, C):
-    """The floating-point operations of the layers' shares of K (C = D), or of M (C = 1).
+def operations_of_kernel(model, inputs):
+    """The floating-point operations of the layers' shares of K: a multiplication is two."""
+    batch = ntk._forward(model, inputs)
+    N, D = len(batch.v), batch.v[0].numel()
+    total = 0
+    for name, layer in batch.layers.items():
+        a, b = ntk._unit_factors(batch, [name], 64)[name]
+        if a is not None and ntk._only_places(b) is not None:
+            # Half of two products of matrices with N D rows and columns.
+            total += N / 2 * D * D * (a.shape[-1] + b.shape[-1])
+        else:
+            total += min(ntk._multiplications(layer, N, D))
+    return 2 * N * total
 
-    A multiplication is two operations, with its addition.
-    """
+
+def operations_of_matrix(model, inputs):
+    """The floating-point operations of the layers' shares of M."""
     batch = ntk._forward(model, inputs)
     N = len(batch.v)
-    return 2 * N * sum(min(ntk._multiplications(layer, N, C)) for layer in batch.layers.values())
+    return 2 * N * sum(min(ntk._multiplications(layer, N, 1)) for layer in batch.layers.values())
 
 
 def print_bounds(device):
@@ -247,9 +259,8 @@ def print_bounds(device):
     rate = 2 * 2048**3 / seconds_of(multiply, device)
     print(f"products of 2048 x 2048 matrices: {rate / 1e9:.0f} GFLOP/s")
     for name, (model, make) in contestants(device).items():
-        D = model(*make(1)).numel()
         x = make(256)
-        of_K, of_M = operations(model, make(4), D), operations(model, x, 1)
+        of_K, of_M = operations_of_kernel(model, make(4)), operations_of_matrix(model, x)
 
         def forward_and_backward():
             torch.autograd.grad(model(*x).square().sum(), list(model.parameters()))

@@ -256,8 +256,8 @@ def test_gradients_and_grams_say_the_same(T, I, O):
     nothing, G = ntk._factors(seen, cotangents, False)
     assert nothing is None
     K, by_gradients = (torch.zeros(N, C, N, C).double() for _ in range(2))
-    ntk._add_share(K, a, b, block=2)
-    ntk._add_share(by_gradients, None, G, block=2)
+    ntk._add_grams(K, a, b, block=2)
+    ntk._add_gradients(by_gradients, G, block=2)
     rows = G.flatten(0, 1)
     for found in (K, by_gradients):
         assert close(found.view(N * C, N * C).tril(), (rows @ rows.T).tril())
@@ -265,6 +265,27 @@ def test_gradients_and_grams_say_the_same(T, I, O):
     M = ntk._inner_products(one, one)
     assert close(M, G[:, 0] @ G[:, 0].T)
     assert close(ntk._inner_products(one, (a[:2], b[:2, :1])), M[:, :2])
+
+
+def test_outputs_of_one_place_each_say_the_same():
+    """Three of four outputs come from one place of the layer, the last from none."""
+    torch.manual_seed(0)
+    N, D, T, I, O = 3, 4, 5, 2, 6
+    a, b = torch.randn(N, T, I).double(), torch.zeros(N, D, T, O).double()
+    for d, place in enumerate((3, 0, 3)):
+        b[:, d, place] = torch.randn(N, O).double()
+    places = ntk._only_places(b)
+    assert places[:3].tolist() == [3, 0, 3]
+    by_grams, K, in_blocks = (torch.zeros(N, D, N, D).double() for _ in range(3))
+    ntk._add_grams(by_grams, a, b)
+    ntk._add_share(K, a, b)
+    ntk._add_grams_of_one_place(in_blocks, a[:, places], b.sum(2), block=5)
+    assert by_grams.any()
+    for found in (K, in_blocks):
+        assert close(found.view(N * D, N * D).tril(), by_grams.view(N * D, N * D).tril())
+    # A single cotangent at a second place, and there is no place to be named.
+    b[2, 1, 4, 5] = 1e-30
+    assert ntk._only_places(b) is None
 
 
 def test_float32_is_right_to_its_precision(case):
@@ -845,6 +866,24 @@ def test_a_wrong_kernel_refuses_itself(monkeypatch):
     ntk.fast_ntk_blocks(case.model, case.inputs, check=False)
     with pytest.raises(ValueError, match="K would be wrong: for random vectors r"):
         ntk.fast_ntk_blocks(case.model, case.inputs)
+
+
+def test_a_kernel_from_wrong_places_refuses_itself(monkeypatch):
+    """The last Linear layer of a DiT sees one token for each output, here a wrong one."""
+    case = Case("dit")
+    found = []
+
+    def one_place_further(b, original=ntk._only_places):
+        places = original(b)
+        if places is not None:
+            found.append(places)
+            places = (places + 1) % b.shape[2]
+        return places
+
+    monkeypatch.setattr(ntk, "_only_places", one_place_further)
+    with pytest.raises(ValueError, match="K would be wrong: for random vectors r"):
+        ntk.fast_ntk_blocks(case.model, case.inputs)
+    assert found
 
 
 def test_equal_weights_would_miss_a_fault_that_random_weights_see(monkeypatch):

@@ -435,8 +435,12 @@ def run_factors(watch, ntk):
     run(nn.Embedding(9, 4), words, (6, 4), T=6, I=9, O=4)
     run(nn.GroupNorm(3, 6), rand(5, 6, 5, 2), (6, 5, 2), T=10, I=6, O=6)
     run(nn.LayerNorm(4), rand(5, 7, 4), (7, 4), T=7, I=4, O=4)
-    with watch.given(ntk._add_share, P=7):
-        ntk._add_share(torch.zeros(5, 3, 5, 3), None, rand(5, 3, 7))
+    with watch.given(ntk._add_gradients, P=7):
+        ntk._add_gradients(torch.zeros(5, 3, 5, 3), rand(5, 3, 7))
+    with watch.given(ntk._add_grams_of_one_place, I=7, O=4):
+        ntk._add_grams_of_one_place(torch.zeros(5, 3, 5, 3), rand(5, 3, 7), rand(5, 3, 4))
+    with watch.given(ntk._only_places, D=3, T=7):
+        ntk._only_places(rand(5, 3, 7, 4))
     with watch.given(ntk._inner_products, N=5, N2=2):
         a, b = rand(5, 7, 4), rand(5, 1, 7, 3)
         ntk._inner_products((a, b), (a[:2], b[:2]))

@@ -105,8 +105,13 @@ def begin(s):
 
 def run_once(regime, model, arm, seed, rate):
     """One run and its row."""
-    s = settings_of(regime, model, arm, seed, rate)
-    run = begin(s)
+    run = begin(settings_of(regime, model, arm, seed, rate))
+    return {"regime": regime, "model": model, "arm": arm, "seed": seed, "rate": rate} | finish(run)
+
+
+def finish(run):
+    """Trains a run that is at the start of its fine-tuning; returns the rest of its row."""
+    s = run.settings
     predicted = prediction.predict(run)
     start = time.time()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -117,8 +122,7 @@ def run_once(regime, model, arm, seed, rate):
         point.pop("kernel", None)
     log = [{name: value for name, value in row.items() if name.startswith(("step", "val_error"))}
            for row in run.log]
-    return {"regime": regime, "model": model, "arm": arm, "seed": seed, "rate": rate,
-            "predicted": predicted, **yardsticks.measure(run, s), "log": log, "probe": run.probe,
+    return {"predicted": predicted, **yardsticks.measure(run, s), "log": log, "probe": run.probe,
             "seconds": round(seconds, 1), "device": report.device_name(s),
             "torch": torch.__version__, "settings": dataclasses.asdict(s)}
 
@@ -156,16 +160,17 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def run_missing(keys, pool):
-    """Runs what has no row yet; each row is in the file as soon as it is there."""
-    done = {key_of(row) for row in read_rows()}
+def run_missing(keys, done, work, file, pool):
+    """Does work(*key) for every key that is not done; each row is in the file as soon as it is
+    there.
+    """
     missing = [key for key in keys if key not in done]
-    started = [pool.submit(run_once, *key) for key in missing]
+    started = {pool.submit(work, *key): key for key in missing}
     for count, job in enumerate(concurrent.futures.as_completed(started), 1):
         row = job.result()
-        with open(ROWS, "a", encoding="utf-8") as stream:
+        with open(file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
-        print(f"{count}/{len(missing)} {key_of(row)}: {row['seconds']:.0f} s", flush=True)
+        print(f"{count}/{len(missing)} {started[job]}: {row['seconds']:.0f} s", flush=True)
 
 
 def choices_of_rates(flags):
@@ -202,9 +207,12 @@ def run_all(flags):
     with concurrent.futures.ThreadPoolExecutor(flags.jobs) as threads:
         list(threads.map(pretrain, *zip(*sorted(bases))))
     with concurrent.futures.ProcessPoolExecutor(flags.jobs, context, one_thread) as pool:
-        run_missing(choices_of_rates(flags), pool)
+        def run(keys):
+            run_missing(keys, set(map(key_of, read_rows())), run_once, ROWS, pool)
+
+        run(choices_of_rates(flags))
         for seed in flags.seeds:
-            run_missing(runs_of(seed, flags), pool)
+            run(runs_of(seed, flags))
 
 
 def main():

@@ -335,8 +335,11 @@ class Recorder:
             self.start_the_clock(run)
         elif run.step == self.first_step + EARLY:
             loss = run.loss.item()             # a GPU has done its work once this is known
-            speed = (images_until(run, run.step) - self.images) / (time.time() - self.clock)
-            say_progress(run, phase, loss, speed)
+            say_progress(run, phase, loss, self.speed(run))
+
+    def speed(self, run):
+        """Images in a second, since the clock was started."""
+        return (images_until(run, run.step) - self.images) / (time.time() - self.clock)
 
     def add_probe(self, run):
         row = {"step": run.step, "offsets": run.offsets}
@@ -344,11 +347,9 @@ class Recorder:
 
     def add_row(self, run, phase, norm):
         """The row of the step that was just made; norm is that of its gradient."""
-        seconds = time.time() - self.clock
-        run.seconds += seconds
-        images = images_until(run, run.step)
-        speed = (images - self.images) / seconds
-        row = {"step": run.step, "phase": phase, "images": images,
+        speed = self.speed(run)
+        run.seconds += time.time() - self.clock
+        row = {"step": run.step, "phase": phase, "images": images_until(run, run.step),
                "lr": run.optimizer.param_groups[0]["lr"], "loss": run.loss.item(),
                "grad_norm": norm.item(), "images_per_s": speed}
         for (its_phase, view), held in self.held.items():

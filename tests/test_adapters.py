@@ -73,8 +73,8 @@ def test_every_linear_and_convolution_has_one_adapter(model):
     assert found == wanted
 
 
-def test_the_interaction_matrix_of_an_adapter_is_exact(model):
-    """Eq. 12: the fast route against one gradient for each sample, in float64."""
+def test_matrix_and_kernel_of_an_adapter_are_exact(model):
+    """Eq. 11, 12: the fast routes against one gradient for each sample or output, in float64."""
     run = begun(model, probe=1)
     for _ in range(2):
         run.train_step()
@@ -87,6 +87,12 @@ def test_the_interaction_matrix_of_an_adapter_is_exact(model):
     scale = by_gradients.abs().max()
     assert scale > 0
     assert (M - by_gradients).abs().max() < 1e-10 * scale
+    two = tuple(z[:2] for z in inputs)
+    K = ntk.fast_ntk_blocks(network, two)
+    by_jacobians = ntk.ntk_blocks(*ntk.of_module(network), two, chunk=48)
+    scale = by_jacobians.abs().max()
+    assert scale > 0
+    assert (K - by_jacobians).abs().max() < 1e-10 * scale
 
 
 def test_a_run_with_adapters_goes_on_as_if_it_had_not_stopped(model, tmp_path):

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import flow_matching as fm
+import ntk
 import sga
 import toy_data
 import train
-from results import prediction, regimes, step_noise, yardsticks
+from results import prediction, ranks, regimes, step_noise, yardsticks
+from support import report
 
 TINY = {"pixels": 8, "width": 24, "depth": 1, "batch": 4, "pretrain_steps": 2, "roots": 4,
         "eval_images": 6, "sample_steps": 1, "warmup": 2, "smallest_object": 0.24}
@@ -234,7 +236,60 @@ def test_what_has_a_row_is_not_run_again(tiny_study):
 
     keys = [("paper", "dit", "sga", seed, 1e-3) for seed in (1, 2)]
     first, second = Pool(), Pool()
-    tiny_study.run_missing(keys[:1], first)
-    tiny_study.run_missing(keys, second)
+    for pool, wanted in ((first, keys[:1]), (second, keys)):
+        done = set(map(tiny_study.key_of, tiny_study.read_rows()))
+        tiny_study.run_missing(wanted, done, tiny_study.run_once, tiny_study.ROWS, pool)
     assert first.keys == keys[:1] and second.keys == keys[1:]
     assert sorted(map(tiny_study.key_of, tiny_study.read_rows())) == keys
+
+
+# --- The study of the ranks -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_a_run_of_a_rank_trains_as_many_numbers_as_it_says(tiny_study, rank):
+    row = ranks.run_once(rank, "tuple_max", 1, 1e-3)
+    assert ranks.key_of(row) == (rank, "tuple_max", 1, 1e-3)
+    model = train.build(train.Settings(**row["settings"]), step=3)
+    assert row["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0 <= row["adamw"]["flipped"] <= 1 and 0 <= row["adamw"]["conflict"] <= 1
+
+
+def test_the_scale_is_what_adamw_divides_by():
+    """Torch's own step, with a momentum that is made to be a known direction, and no gradient."""
+    torch.manual_seed(0)
+    weights = [torch.randn(3, 2, requires_grad=True), torch.randn(5, requires_grad=True)]
+    optimizer = torch.optim.AdamW(weights, 0.1, (0.9, ranks.BETA), weight_decay=0.0)
+    for _ in range(4):
+        optimizer.zero_grad()
+        sum((weight * torch.randn_like(weight)).sum() for weight in weights).backward()
+        optimizer.step()
+    before, directions = [weight.detach().clone() for weight in weights], []
+    for weight in weights:
+        direction = torch.randn_like(weight)
+        directions.append(direction.flatten())
+        optimizer.state[weight]["exp_avg"] = direction * (1 - 0.9**5) / 0.9
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    moved = torch.cat([(old - new).flatten() for old, new in zip(before, weights)])
+    found = 0.1 * torch.cat(directions) / ranks.adamws_scale(optimizer)
+    assert (moved - found).abs().max() < 1e-5 * moved.abs().max()
+
+
+def test_adamws_metric_is_m_if_its_scale_is_equal_and_one_weights_if_it_is_not(monkeypatch):
+    run = begun(rank=2, probe=1)
+    inputs, u, _ = report.probe_batch(run.settings, run.roots, 1)
+    r = report.residuals_of(run.model, inputs, u)
+    G = gradients_of(run, inputs, r, torch.ones(len(r)))
+    monkeypatch.setattr(ranks, "adamws_scale", lambda optimizer: torch.full((G.shape[1],), 3.0))
+    same = ranks.in_adamws_metric(run)
+    assert same["flipped"] == 0
+    assert same["conflict"] == ntk.conflict_share(G @ G.T).item()
+    # The gradient of one weight alone counts: who is in conflict is a matter of its sign.
+    scale = torch.full((G.shape[1],), 1e30)
+    most = G.abs().min(0).values.argmax()
+    scale[most] = 1.0
+    monkeypatch.setattr(ranks, "adamws_scale", lambda optimizer: scale)
+    above = (G[:, most] > 0).sum().item()
+    pairs = len(G) * (len(G) - 1) / 2
+    conflict = ranks.in_adamws_metric(run)["conflict"]
+    assert conflict == pytest.approx(above * (len(G) - above) / pairs)

@@ -358,16 +358,20 @@ def kernel_drift(K, K_start):
 
 
 def sign_agreement(M, residuals):
-    """The share of pairs i < j in which <r_i, r_j> and M_ij have the same sign (Eq. 17).
+    """(agreement, by chance): how often <r_i, r_j> and M_ij have the same sign (Eq. 17).
 
-    A kernel need not keep the sign of an inner product.
+    A kernel need not keep the sign of an inner product. The first number is the share of pairs
+    i < j in which it does. The second is what this share would be if the two signs had nothing to
+    do with each other, and each were as often positive as it is.
     """
     N = _require_square(M)
     r = residuals.flatten(1)                                       # (N, D)
     _require_shape("residuals", r, (N, r.shape[1]))
     i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
-    same = (r @ r.T)[i, j].sign() == M[i, j].sign()
-    return same.to(M).mean()
+    of_outputs, of_gradients = (r @ r.T)[i, j], M[i, j]            # (pairs,), (pairs,)
+    agreement = (of_outputs.sign() == of_gradients.sign()).to(M).mean()
+    p, q = (of_outputs > 0).to(M).mean(), (of_gradients > 0).to(M).mean()
+    return agreement, p * q + (1 - p) * (1 - q)
 
 
 def step_noise(M, a):
@@ -1479,7 +1483,9 @@ def main(training=100, moments=(10, 100)):
     for moment in measure_frozen(model, few, u[:3], moments):
         print(f"Eq. 16: after tau = {moment['tau']:.1e} {moment['left']:.1%} of the loss is left,"
               f" a frozen kernel says {moment['frozen']:.1%}; K has moved by {moment['drift']:.0%}")
-    print(f"Eq. 17: <r_i, r_j> and M_ij have the same sign in {sign_agreement(M, r):.1%} of pairs")
+    agreement, by_chance = sign_agreement(M, r)
+    print(f"Eq. 17: <r_i, r_j> and M_ij have the same sign in {agreement:.1%} of pairs"
+          f" (by chance: {by_chance:.1%})")
     print("The pictures: python results/figures.py arrows jacobians influence step matrix")
 
 

@@ -32,7 +32,7 @@ from support import adapters, book, machine, pictures, report
 from support.book import option, stop
 from unet import UNet
 
-FORMAT = "quadratic geometry of flow matching 4"
+FORMAT = "quadratic geometry of flow matching 5"
 
 
 # --- Settings -------------------------------------------------------------------------------------

@@ -164,6 +164,8 @@ def draw_numbers(axis, rows):
     axis.plot(steps, ratio, "o-", color="black", label="cross terms / trace (Eq. 13)")
     axis.plot(steps, [row["sign_agreement"] for row in rows], "s-", color="#d55e00",
               label="sign agreement (Eq. 17)")
+    axis.plot(steps, [row["sign_by_chance"] for row in rows], "--", color="#d55e00",
+              label="the same by chance")
     axis.plot(steps, [row["drift"] for row in rows], "^-", color="#cc79a7",
               label="drift of the kernel (Eq. 16)")
     axis.set_yscale("symlog", linthresh=0.1)

@@ -208,10 +208,11 @@ def probe_row(model, batch, before):
     seen = ntk.fast_interaction_matrix(model, inputs, u)           # (N, N)
     first = before[0]["kernel"].to(seen) if before else seen       # (N, N)
     trace, cross = ntk.loss_velocity(M)
+    agreement, by_chance = ntk.sign_agreement(M, r)
     row = {"drift": ntk.kernel_drift(seen, first).item(),
            "trace": trace.item(), "cross": cross.item(),
            "conflict": ntk.conflict_share(M).item(),
-           "sign_agreement": ntk.sign_agreement(M, r).item(),
+           "sign_agreement": agreement.item(), "sign_by_chance": by_chance.item(),
            "pairs": ntk.pairs_by_kind(M, labels, ("root", "view", "level")),
            "M": M.cpu()}
     if not before:

@@ -1210,9 +1210,21 @@ def test_conflicts_cosines_and_signs_of_known_gradients():
     assert by_group.tolist() == [[0, 0.5], [0.5, 0]]
     assert math.isnan(ntk.conflict_share(M, torch.arange(4))[2, 2])
     # The kernel of the identity keeps every sign.
-    assert ntk.sign_agreement(M, G) == 1
+    assert ntk.sign_agreement(M, G)[0] == 1
     other = torch.tensor([[1.0], [1], [1], [0]]).double()
-    assert ntk.sign_agreement(M, other) == pytest.approx(4 / 6)
+    assert ntk.sign_agreement(M, other)[0] == pytest.approx(4 / 6)
+
+
+def test_agreement_by_chance_is_that_of_signs_which_meet_at_random():
+    """Every sign of one kind with every sign of the other."""
+    generator = torch.Generator().manual_seed(0)
+    g, r = torch.randn(7, 4, generator=generator) + 0.4, torch.randn(7, 3, generator=generator)
+    i, j = torch.triu_indices(7, 7, 1)
+    of_gradients, of_outputs = (g @ g.T)[i, j].sign(), (r @ r.T)[i, j].sign()
+    agreement, by_chance = ntk.sign_agreement(g @ g.T, r)
+    met = of_gradients[:, None] == of_outputs
+    assert by_chance.item() == pytest.approx(met.float().mean().item())
+    assert agreement.item() == pytest.approx(met.diagonal().float().mean().item())
 
 
 EVERY_STEP = {

@@ -125,8 +125,8 @@ def test_every_arm_of_the_study_has_a_name_for_its_reader():
     assert set(regimes.REGIMES) == set(regimes_report.REGIME_TITLES)
 
 
-# How an expected gradient E ghat comes about: a view gets so much weight at such noise levels. If two
-# arms agree in this, all networks have the same E ghat under both. If not, some network has not.
+# An expected gradient E ghat gives each view so much weight at such noise levels. If two arms agree
+# in this, all networks have the same E ghat under both. If not, some network has not.
 
 @functools.cache
 def weights_by_view_and_noise(name, model):

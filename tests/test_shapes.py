@@ -414,7 +414,7 @@ def run_ntk(watch, ntk):
         ntk.cosines(rand(6, 6))
     with watch.given(ntk.step_noise, S=3, N=6):
         ntk.step_noise(rand(6, 6), rand(3, 6))
-    with watch.given(ntk.sign_agreement, N=6, D=4):
+    with watch.given(ntk.sign_agreement, N=6, D=4, pairs=15):
         ntk.sign_agreement(rand(6, 6), r)
     ntk.main(training=2, moments=(1, 2))
 

@@ -245,6 +245,8 @@ def of_module(model, output=None):
 def loss_velocity(M):
     """dL/dtau = -|grad L|^2 as its two parts: the trace term and the cross terms (Eq. 13).
 
+    It is that of plain gradient descent, in infinitely small steps.
+
     Example, for this and what follows, with random gradients g:
         g, r = torch.randn(4, 9), torch.randn(4, 3)
         M = g @ g.T
@@ -262,7 +264,7 @@ def sample_velocities(M):
     """(N,), (N,): d(|r_i|^2 / 2)/dtau as own progress and interference (Eq. 14).
 
     The first is what sample i does to itself, the second what the others do to it. A sum above 0
-    says that the batch makes sample i worse.
+    says that the batch makes sample i worse. Both are those of plain gradient descent.
     """
     N = _require_square(M)
     own = M.diagonal()                                             # (N,)
@@ -273,7 +275,8 @@ def sample_velocities(M):
 def predicted_change(M, eta):
     """The change of L by the step theta - eta grad L, up to O(eta^2) (Eq. 15).
 
-    If M is rectangular, it is the change of the rows' loss by a step on the columns (Eq. 22).
+    This is a step of plain gradient descent. If M is rectangular, it is the change of the rows'
+    loss by a step on the columns (Eq. 22).
     """
     return -eta * M.mean()
 
@@ -332,10 +335,11 @@ def pairs_by_kind(M, labels, names):
 def frozen_residuals(K, r, tau):
     """(N, D) r(tau) = exp(-K tau / N) r(0), for K (N, N, D, D) and r (N, D) (Eq. 16).
 
-    It is exact if the kernel stands still. K is applied through its eigenvalues. Those that are
-    negative by rounding count as 0, so that no residual grows. An eigenvalue below the precision
-    times the largest one is not known, and neither is what its direction does once tau is above
-    N / that eigenvalue. r may also have the outputs' shape (N, ...).
+    It is exact for plain gradient descent in infinitely small steps, if the kernel stands still. K
+    is applied through its eigenvalues. Those that are negative by rounding count as 0, so that no
+    residual grows. An eigenvalue below the precision times the largest one is not known, and
+    neither is what its direction does once tau is above N / that eigenvalue. r may also have the
+    outputs' shape (N, ...).
 
     Example:
         f, params = ntk.of_module(torch.nn.Linear(4, 2))

@@ -1,4 +1,4 @@
-"""A picture of results/first_study.md: the interaction matrix before and after fine-tuning, beside
+"""A picture of results/README.md: the interaction matrix before and after fine-tuning, beside
 what the network makes of captions then.
 
     python train.py --probe 6 && python results/cover.py runs/dit-0

@@ -1,7 +1,7 @@
 """How the pictures of results/figures.py look: a function for each, from what was measured.
 
 A picture is 1024 pixels wide, as on a projector. All its text is at least 18 pixels high there. The
-same colours mean the same everywhere, and a negative entry of M is a "conflict" everywhere.
+same colours mean the same in all of them, and a negative entry of M is a "conflict" everywhere.
 """
 
 import math
@@ -172,8 +172,8 @@ def paint_omega(axis, measured):
 
 def floor(floors):
     """Eq. 5: the loss that is left to the exact velocity, over t."""
-    figure = new_figure("No network gets below this loss on a caption's images:\n"
-                        "it cannot know which of them the noise hides")
+    figure = new_figure("On average no network gets below this loss on a caption's\n"
+                        "images: it cannot know which of them the noise hides")
     axis = figure.subplots()
     for name, colour in zip(GRANULARITIES, COLOURS):
         axis.plot(floors["t"], floors[name], color=colour, linewidth=4, label=name)
@@ -340,9 +340,9 @@ def influence(measured):
         for axis in column:
             without_ticks(axis)
     labels = ("image", "the step adds\nthis to its\nprediction\n(grey: nothing)",
-              "violet: helps\norange: hurts\n\nM: their sum,\nin units of\nthe first")
+              "violet: helps\norange: conflict\n\nM: their sum,\nin units of\nthe first")
     for axis, label in zip(axes[:, 0], labels):
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=12)
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=12, fontsize=16)
     return figure
 
 
@@ -356,7 +356,7 @@ def step(measured):
     figure = new_figure("M predicts what a small step does to the loss;\na large step overshoots")
     axis = figure.subplots()
     eta, whole = measured["eta"], measured["loss"]
-    for name, colour in (("predicted", COLOURS[1]), ("measured", COLOURS[0])):
+    for name, colour in (("predicted", PAIR[1]), ("measured", "black")):
         shares = [change / whole for change in measured[name]]
         label = "predicted by M" if name == "predicted" else name
         axis.semilogx(eta, shares, color=colour, linewidth=5, label=label)
@@ -376,15 +376,25 @@ def in_powers_of_ten(value, _):
 
 # --- M while training -----------------------------------------------------------------------------
 
-def share_of_one_direction(cosines):
-    """How much of the squared length of all (normed) gradients lies along one direction."""
-    return (torch.linalg.eigvalsh(cosines)[-1] / len(cosines)).item()
+OF_TRAINING = ("Gradients first share one direction, light against dark:\n"
+               "training removes that first")
+
+
+def share_of_light_against_dark(cosines):
+    """How much of the (normed) gradients' squared length is a difference of light and dark images.
+
+    The first half of the images is light. Let s be +1 on these and -1 on the others. If all light
+    gradients were equal, and minus the dark ones, |sum_i s_i g_i|^2 = s^T M s would be N^2.
+    """
+    N = len(cosines)
+    s = torch.ones(N, dtype=cosines.dtype)
+    s[N // 2:] = -1
+    return (s @ cosines @ s / N**2).item()
 
 
 def matrix(stills):
     """Eq. 12: four moments of a training."""
-    figure = new_figure("Gradients first share one direction, light against dark:\n"
-                        "training removes that one first")
+    figure = new_figure(OF_TRAINING)
     axes = figure.subplots(2, 2)
     # Every panel has the same colours for the same numbers.
     for axis, shot in zip(axes.flat, stills):
@@ -406,8 +416,8 @@ def paint_shot(axis, shot):
     for edge in range(3, len(cosines), 3):
         axis.axhline(edge - 0.5, color="black", linewidth=1)
         axis.axvline(edge - 0.5, color="black", linewidth=1)
-    share = share_of_one_direction(cosines)
-    axis.set_title(f"step {shot['step']}: {share:.0%} share it")
+    share = share_of_light_against_dark(cosines)
+    axis.set_title(f"step {shot['step']}: {share:.0%} of it")
     axis.set_xticks((2.5, 8.5), ("on white", "on black"))
     axis.set_yticks((2.5, 8.5), ("on white", "on black"), rotation=90, va="center")
     return shown
@@ -415,8 +425,7 @@ def paint_shot(axis, shot):
 
 def animate(film, file):
     """The same at every step that was measured, as a GIF."""
-    figure = new_figure("Gradients first share one direction, light against dark:\n"
-                        "training removes that one first")
+    figure = new_figure(OF_TRAINING)
     axis = figure.subplots()
     add_scale(figure, paint_shot(axis, film[0]), axis)
     writer = PillowWriter(fps=3)
@@ -460,7 +469,8 @@ def time_laws(laws):
         z = torch.logit(t) - mu
         density_of_z = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
         density = density_of_z / (t * (1 - t))
-        label = f"{name}, {mu:+g}: median {law['median']:.2f}"
+        shift = signed(mu, 1, plus="+") if mu else "0"
+        label = f"{name}, {shift}: median {law['median']:.2f}"
         axis.plot(t, density, color=colour, linewidth=3, label=label)
     axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="density of t", ylim=(0, 2.9))
     axis.legend(loc="upper center")

@@ -92,29 +92,47 @@ def measure_jacobians():
 
 # --- The quadratic form and the floor of the loss -------------------------------------------------
 
-def measure_floor(captions=192, pixels=16, levels=39):
+def measure_floor(scenes=300, pixels=16, levels=20):
     """The loss floor by granularity at many t, and at those that are MARKED (Eq. 5).
 
-    It is the mean over random captions of the new domain. A caption's population is its 18 images.
+    It is the mean over the captions of random scenes of the new domain. A caption's population is
+    its 18 images, and each of them is seen with a few noises.
     """
     generator = torch.Generator().manual_seed(0)
-    scenes = toy_data.sample_scenes(captions, generator, "target")
-    everyone = toy_data.population(scenes)
     t = torch.linspace(0.05, 1, levels)
     floors = {"t": t, "marked": MARKED}
-    for name in toy_data.GRANULARITIES:
-        points, _ = toy_data.views(everyone, name, pixels)
-        points = points.unflatten(0, (captions, -1))               # (captions, 18, 3, H, W)
-        picked = torch.randint(points.shape[1], (captions,), generator=generator)
-        x0 = points[torch.arange(captions), picked]                # (captions, 3, H, W)
-        e = torch.randn(x0.shape, generator=generator)
+    # There are few captions of close-ups: more scenes say how often each comes, and each can have
+    # more noises.
+    for name, more, noises in zip(toy_data.GRANULARITIES, (1, 10, 10), (1, 2, 12)):
+        drawn = toy_data.sample_scenes(more * scenes, generator, "target")
+        chosen, share = distinct_captions(drawn, name)             # (captions,), (captions,)
+        everyone = toy_data.population(drawn.take(chosen))
+        images, _ = toy_data.views(everyone, name, pixels)
+        points = images.unflatten(0, (len(chosen), -1))            # (captions, 18, 3, H, W)
+        e = torch.randn(noises, *points.shape, generator=generator)
 
         def floor_at(level):
-            return fm.loss_floor(x0, e, level, points).mean().item()
+            of_captions = [floor_of(*one, level) for one in zip(points, e.unbind(1))]
+            return (share @ torch.stack(of_captions)).item()
 
         floors[name] = [floor_at(level) for level in t.tolist()]
         floors[f"{name} marked"] = [floor_at(level) for level in MARKED]
     return floors
+
+
+def floor_of(points, e, level):
+    """The floor of one caption with images (18, 3, H, W), each with noises e (noises, 18, ...)."""
+    x0 = points.expand(e.shape).flatten(0, 1)
+    return fm.loss_floor(x0, e.flatten(0, 1), level, points).mean()
+
+
+def distinct_captions(scenes, granularity):
+    """A scene for each caption, as indices, and the share of the scenes that have this caption."""
+    _, tokens = toy_data.views(scenes, granularity, 1)
+    _, caption, count = torch.unique(tokens, dim=0, return_inverse=True, return_counts=True)
+    scene = torch.arange(len(caption))
+    first = torch.full(count.shape, len(caption)).scatter_reduce(0, caption, scene, "amin")
+    return first, count / len(caption)
 
 
 # --- What a step on one image does to others ------------------------------------------------------
@@ -180,6 +198,10 @@ def trained_unet(steps, pixels, t):
     torch.manual_seed(2)
     generator = torch.Generator().manual_seed(2)
     model = unet.UNet(VOCABULARY, pixels, channels=(8, 16, 24), width=32)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            # Zeros beyond the edges would draw a frame into every picture.
+            layer.padding_mode = "circular"
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(steps):
         scenes = toy_data.sample_scenes(16, generator)

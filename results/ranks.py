@@ -24,12 +24,16 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 import ntk  # noqa: E402
-from results import regimes, study_statistics  # noqa: E402
+from results import regimes, regimes_report, study_statistics  # noqa: E402
 from support import report  # noqa: E402
 
 ROWS = ROOT / "results/ranks.jsonl"
+FIGURE = ROOT / "results/ranks.png"
+TABLE = ROOT / "results/ranks_table.md"
+TITLE = "A smaller rank"
 RANKS = (1, 2, 4, 8, 16, 0)
 ARMS = ("baseline", "tuple_max", "sga")
 SEEDS = (1, 2, 3)
@@ -122,11 +126,111 @@ def run_all(jobs):
             run(runs_of(seed))
 
 
+# --- What the rows say ----------------------------------------------------------------------------
+
+def rows_of(rows, rank, arm):
+    """The rows of an arm at a rank, in the order of the seeds."""
+    return [row for seed in SEEDS for row in rows
+            if (row["rank"], row["arm"], row["seed"]) == (rank, arm, seed)]
+
+
+def conflict(row):
+    """The share of the probe's pairs that conflict at the end."""
+    return row["probe"][-1]["conflict"]
+
+
+def conflict_for_adamw(row):
+    return row["adamw"]["conflict"]
+
+
+def flipped(row):
+    return row["adamw"]["flipped"]
+
+
+def mean_of(rows, rank, arm, measure):
+    return regimes_report.mean(measure(row) for row in rows_of(rows, rank, arm))
+
+
+def effect(rows, rank, arm, measure):
+    """By seed, in percent: how much larger a measure of the arm is than the baseline's."""
+    pairs = zip(rows_of(rows, rank, arm), rows_of(rows, rank, "baseline"), strict=True)
+    return [100 * (measure(row) / measure(baseline) - 1) for row, baseline in pairs]
+
+
+def table(rows):
+    """The text of ranks_table.md: a line for each rank, with means over the seeds."""
+    lines = ["# The ranks: a table", "",
+             "Written by `python results/ranks.py --draw` from `ranks.jsonl`: the DiT in the "
+             f"paper-like regime, {len(SEEDS)} seeds. The noise of a step is "
+             "E\\|ĝ\\|²/\\|E ĝ\\|², predicted from M of the base.", "",
+             "| rank | trained numbers | rate | conflict at the end: baseline | SGA "
+             "| baseline, for AdamW | signs that AdamW flips | noise of a step: baseline "
+             "| root tuples | fit of the baseline | joint accuracy | SGA: fit (%) |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    joint = regimes_report.reader("joint", 2)
+    for rank in RANKS:
+        first = rows_of(rows, rank, "baseline")[0]
+        cells = [str(rank) if rank else "all weights", f"{first['trained']:,}",
+                 f"{first['rate']:g}"]
+        for arm, measure, form in (
+                ("baseline", conflict, ".1%"), ("sga", conflict, ".1%"),
+                ("baseline", conflict_for_adamw, ".1%"), ("baseline", flipped, ".1%"),
+                ("baseline", regimes_report.noise_of, ".1f"),
+                ("tuple_max", regimes_report.noise_of, ".1f"),
+                ("baseline", regimes_report.fit, ".4f"), ("baseline", joint, ".1%")):
+            cells.append(f"{mean_of(rows, rank, arm, measure):{form}}")
+        cells.append(regimes_report.text_of(effect(rows, rank, "sga", regimes_report.fit)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# --- The figure -----------------------------------------------------------------------------------
+
+PANELS = {
+    "share of pairs in conflict\nat the end": (
+        ("baseline", conflict, "baseline"), ("sga", conflict, "SGA"),
+        ("baseline", conflict_for_adamw, "baseline, for AdamW")),
+    "noise of a step,\nfrom M before training": (
+        ("baseline", regimes_report.noise_of, "baseline"),
+        ("sga", regimes_report.noise_of, "SGA"),
+        ("tuple_max", regimes_report.noise_of, "root tuples")),
+    "fit |v - u*|²/D\n(less is better)": (
+        ("baseline", regimes_report.fit, "baseline"), ("sga", regimes_report.fit, "SGA"),
+        ("tuple_max", regimes_report.fit, "root tuples"))}
+LOOKS = {"baseline": "#000000", "SGA": "#d55e00", "root tuples": "#0072b2",
+         "baseline, for AdamW": "#999999"}
+
+
+def draw(rows, file):
+    """Three panels against the rank. A dot is a seed, a line goes through the means."""
+    figure = Figure(figsize=(16, 8), layout="constrained")
+    for axis, (title, lines) in zip(figure.subplots(1, 3), PANELS.items()):
+        for arm, measure, name in lines:
+            means = [mean_of(rows, rank, arm, measure) for rank in RANKS]
+            axis.plot(range(len(RANKS)), means, color=LOOKS[name], linewidth=3, label=name)
+            for place, rank in enumerate(RANKS):
+                values = [measure(row) for row in rows_of(rows, rank, arm)]
+                axis.plot([place] * len(values), values, "o", color=LOOKS[name], markersize=7)
+        axis.set_title(title, fontsize=23)
+        axis.set_xticks(range(len(RANKS)), [str(rank or "all") for rank in RANKS])
+        axis.set_xlabel("rank of the adapters", fontsize=21)
+        axis.set_ylim(bottom=0)
+        axis.tick_params(labelsize=21)
+        axis.legend(fontsize=20, loc="best")
+    figure.suptitle(TITLE, fontsize=27)
+    figure.savefig(file, dpi=64)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
-    run_all(parser.parse_args().jobs)
+    parser.add_argument("--draw", action="store_true", help="only draw, from the rows")
+    flags = parser.parse_args()
+    if not flags.draw:
+        run_all(flags.jobs)
+    draw(read_rows(), FIGURE)
+    TABLE.write_text(table(read_rows()), encoding="utf-8")
 
 
 if __name__ == "__main__":

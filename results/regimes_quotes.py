@@ -36,12 +36,17 @@ class Rows:
         values = regimes_report.effects(self.table(regime, model), arm, yardstick)
         return interval_text(values, regimes_report.YARDSTICKS[yardstick][1])
 
-    def between(self, model, first, second, yardstick):
-        """The effect of one arm minus that of another, in the paper-like regime."""
-        table = self.table("paper", model)
-        pairs = zip(regimes_report.effects(table, first, yardstick),
-                    regimes_report.effects(table, second, yardstick), strict=True)
-        differences = [one - other for one, other in pairs]
+    def between(self, models, first, second, yardstick):
+        """The effect of one arm minus that of another, in the paper-like regime.
+
+        The pairs of several networks are taken together.
+        """
+        differences = []
+        for model in models:
+            table = self.table("paper", model)
+            pairs = zip(regimes_report.effects(table, first, yardstick),
+                        regimes_report.effects(table, second, yardstick), strict=True)
+            differences += [one - other for one, other in pairs]
         return interval_text(differences, regimes_report.YARDSTICKS[yardstick][1])
 
     def fit_of(self, model, arm, view):
@@ -49,10 +54,39 @@ class Rows:
         return interval_text(regimes_report.fits_of_view(self.table("paper", model), arm, view),
                              "%")
 
-    def rate(self, model, arm, view):
-        """How much faster M says that the arm's first steps lower a granularity's loss."""
-        values = regimes_report.predicted_rates(self.table("paper", model), arm, view)
-        return f"{mean(values):+.1f}%"
+    def right_signs(self, model):
+        """Of the arms with another expected gradient and their granularities: in how many M said
+        rightly, in the paper-like regime, whether the fit becomes better or worse.
+        """
+        table = self.table("paper", model)
+        right, cases = 0, 0
+        for arm, (_, gradient, _) in regimes_report.MECHANISMS.items():
+            if gradient == "yes" or arm == "sga-short" or not regimes_report.pairs_of(table, arm):
+                continue
+            for view in VIEWS:
+                faster = mean(regimes_report.predicted_rates(table, arm, view)) > 0
+                better = mean(regimes_report.fits_of_view(table, arm, view)) < 0
+                right += faster == better
+                cases += 1
+        return f"{right} of {cases}"
+
+    def lowest_layout(self):
+        """The smallest share of samples of a run whose layout is right."""
+        layout, _ = regimes_report.YARDSTICKS["layout"]
+        shares = [layout(row) for row in self.rows if row["seed"] in regimes.SEEDS]
+        return f"{min(shares):.0%}"
+
+    def fading(self, noises):
+        """The noise of root tuples over the baseline's, predicted at every checkpoint in turn."""
+        predicted = {}
+        for row in noises:
+            if (row["model"], row["regime"]) == ("dit", "paper"):
+                noise = row["predicted"] / row["mean_square"]
+                predicted[row["scheme"], row["step"]] = noise
+        steps = sorted({step for _, step in predicted})
+        ratios = [predicted["tuple_max", step] / predicted["baseline", step] for step in steps]
+        *first, last = (f"{ratio:.2f}" for ratio in ratios)
+        return f"{', '.join(first)} and {last}"
 
     def error(self, regime, model):
         """The baseline's own generalisation error in 1/1000, the mean over the seeds."""
@@ -103,6 +137,7 @@ def sentences(rows, noises):
     quote("Of {} such squares the median is wrong by {}, and {} lie outside of two standard errors",
           *errors_of_squares(noises))
     quote("the baseline's own square is uncertain by {}", f"{largest_uncertainty(noises):.0%}")
+    quote("predicts root tuples to be {} times as noisy", study.fading(noises))
     minutes = sum(row["seconds"] for row in rows) / 60
     quote("{} runs took {} minutes of training", len(rows), f"{minutes:.0f}")
     return found
@@ -111,15 +146,16 @@ def sentences(rows, noises):
 def quote_the_answer(quote, study):
     def four(model, arm):
         return [study.effect("paper", model, arm, name)
-                for name in ("fit", "generalisation", "joint, guidance 2", "layout and shape")]
+                for name in ("fit", "generalisation", "joint, guidance 2", "shape")]
 
     def fits(model):
         return [study.effect(regime, model, "sga", "fit") for regime in regimes.REGIMES]
 
-    text = "fit {}, generalisation {}, joint accuracy {}, layout and shape {}"
+    text = "fit {}, generalisation {}, joint accuracy {}, shape {}"
     for model in regimes.MODELS:
         quote(text, *four(model, "sga"))
         quote(text, *four(model, "sga-short"))
+    quote("Layout is right in {} of the samples", study.lowest_layout())
     quote("the fit of macro views changes by {}, that of meso views by {}, and that of micro views "
           "by {}", *(study.fit_of("dit", "sga", view) for view in VIEWS))
     for model in regimes.MODELS:
@@ -132,20 +168,26 @@ def quote_the_answer(quote, study):
 def quote_the_mechanism(quote, study):
     quote("{} times as noisy as one of the baseline with the DiT, and a step of quiet tuples {} "
           "times", study.noise("dit", "tuple_max"), study.noise("dit", "quiet"))
-    quote("Against the baseline quiet tuples change the fit by {} and joint accuracy by {}",
-          study.effect("paper", "dit", "quiet", "fit"),
-          study.effect("paper", "dit", "quiet", "joint, guidance 2"))
+    def quieter(models, yardstick):
+        return study.between(models, "quiet", "tuple_max", yardstick)
+
+    quote("Quiet tuples change the fit by {} with the DiT and by {} with the U-Net, generalisation "
+          "by {} and {}, and joint accuracy by {} and {}",
+          *(quieter([model], name) for name in ("fit", "generalisation", "joint, guidance 2")
+            for model in regimes.MODELS))
+    quote("the ten pairs of both networks together give {} of fit and {} of generalisation",
+          quieter(regimes.MODELS, "fit"), quieter(regimes.MODELS, "generalisation"))
+    quote("they cost the U-Net {} of fit from the macro base and {} of joint accuracy with all "
+          "weights", study.effect("macro_base", "unet", "tuple_max", "fit"),
+          study.effect("all_weights", "unet", "tuple_max", "joint, guidance 2"))
     quote("offsets change the fit of macro views by {} and that of micro views by {}; flipped "
           "offsets by {} and {}", *(study.fit_of("dit", arm, view)
                                     for arm in ("offsets", "flipped")
                                     for view in ("macro", "micro")))
     quote("SGA differs from Min-SNR alone by {} in fit",
-          study.between("unet", "sga", "min_snr", "fit"))
-    quote("with flipped offsets macro views would learn more slowly, by {}",
-          study.rate("dit", "flipped", "macro"))
-    quote("quiet tuples change the fit by {}, generalisation by {} and joint accuracy by {}",
-          *(study.between("dit", "quiet", "tuple_max", name)
-            for name in ("fit", "generalisation", "joint, guidance 2")))
+          study.between(["unet"], "sga", "min_snr", "fit"))
+    quote("is right in {} cases with the DiT. With the U-Net it is right in {}",
+          *(study.right_signs(model) for model in regimes.MODELS))
     quote("the share grows from {} to {} in the baseline and to {} with SGA; with the U-Net from "
           "{} to {} and to {}",
           study.conflict("dit", "baseline", 0), study.conflict("dit", "baseline", -1),

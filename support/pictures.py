@@ -61,12 +61,12 @@ def draw_samples(columns, title, file):
     """A grid: columns of (title, [(caption, two true images, three samples)])."""
     figure = Figure(figsize=(15, 9.8), layout="constrained")
     for part, (head, entries) in zip(figure.subfigures(1, len(columns)), columns):
-        part.suptitle(head.replace(": ", ":\n"), fontsize=18, fontweight="bold")
+        part.suptitle(head.replace(": ", ":\n"), fontsize=21, fontweight="bold")
         for axis, (caption, truth, made) in zip(part.subplots(len(entries), 1), entries):
             gap = torch.ones_like(truth[0][:, :, :6])
             show(axis, [*truth, gap, *made])
-            axis.set_title(textwrap.fill(caption, 32), fontsize=17)
-    figure.suptitle(title, fontsize=20)
+            axis.set_title(textwrap.fill(caption, 26), fontsize=20)
+    figure.suptitle(title, fontsize=23)
     save(figure, file, dpi=80)
 
 
@@ -95,10 +95,10 @@ def draw_curves(log, s, file):
         axis.set_ylabel(name, fontsize=19)
         axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)
         _, high = axis.get_ylim()
-        axis.set_ylim(top=2.2 * high)          # room for the legend
-        axis.legend(fontsize=15, ncols=4, loc="upper center")
+        axis.set_ylim(top=4 * high)            # room for the legend
+        axis.legend(fontsize=17, ncols=3, loc="upper center")
         axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=17, which="both")
+        axis.tick_params(labelsize=18, which="both")
     below.set_xlabel(FINE_TUNING, fontsize=19)
     above.set_title("The loss stays above its floor (dotted)", fontsize=20)
     below.set_title("What a better network could still remove", fontsize=20)

@@ -2,6 +2,7 @@
 and the interaction matrix of a probe batch; the rows of the log and the report at the end.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -196,6 +197,19 @@ def residuals_of(model, inputs, u):
     return torch.cat([model(*some) for some in some_at_a_time]) - u
 
 
+def interaction_matrix_of(model, inputs, vectors):
+    """(N, N) M of a batch, in float64 where float32 has too few digits for it (Eq. 12).
+
+    That happens if weights have become very large. ntk.py then refuses M, which must not end a run.
+    """
+    try:
+        return ntk.fast_interaction_matrix(model, inputs, vectors)
+    except ValueError:
+        inputs = tuple(z.double() if z.is_floating_point() else z for z in inputs)
+        M = ntk.fast_interaction_matrix(copy.deepcopy(model).double(), inputs, vectors.double())
+        return M.to(vectors.dtype)
+
+
 def probe_row(model, batch, before):
     """M of the trained weights, not the averaged ones, and what it says. The run is not changed.
 
@@ -204,8 +218,8 @@ def probe_row(model, batch, before):
     """
     inputs, u, labels = batch
     r = residuals_of(model, inputs, u)
-    M = ntk.fast_interaction_matrix(model, inputs, r)              # (N, N)
-    seen = ntk.fast_interaction_matrix(model, inputs, u)           # (N, N)
+    M = interaction_matrix_of(model, inputs, r)                    # (N, N)
+    seen = interaction_matrix_of(model, inputs, u)                 # (N, N)
     first = before[0]["kernel"].to(seen) if before else seen       # (N, N)
     trace, cross = ntk.loss_velocity(M)
     agreement, by_chance = ntk.sign_agreement(M, r)

@@ -9,7 +9,8 @@
 
 Functions that you write replace those of the repository while their tests run. A prediction can
 stand in a file too, a word a line: runs/answers/ex_05.txt. --answers takes another folder. Answers
-are programs: a grader runs those of others where they can do no harm.
+are programs: a grader runs those of others where they can do no harm. An answer runs in the process
+that judges it, so that a score can be faked by who wants to; it helps honest students.
 """
 
 import argparse
@@ -17,8 +18,10 @@ import contextlib
 import functools
 import importlib
 import json
+import secrets
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -85,8 +88,13 @@ def judge_code(exercise, file):
     """Runs the tests of an exercise, and its hidden checks, on the functions in a file."""
     tests = nodes(exercise) + [f"exercises_checks.py::{check}" for check in exercise.checks]
     names, source = exercise.names(), file.read_text(encoding="utf-8")
+    loaded = set(sys.modules)
     try:
         with changed(exercise.module, source, str(file), without=names) as module:
+            # An answer may have changed the tests that it loaded: they are loaded anew.
+            for name in sys.modules.keys() - loaded:
+                if name.startswith(("test_", "exercises_checks")):
+                    del sys.modules[name]
             missing = [name for name in names if not hasattr(module, name)]
             if missing:
                 raise NameError(f"it does not define {', '.join(missing)}")
@@ -118,7 +126,10 @@ def truth(exercise):
 
 
 def judge_prediction(exercise, prediction):
-    """Only a right prediction is told what was found; another one, how much of it is right."""
+    """Only a right prediction is told what was found; another one of tests, how much is right.
+
+    Of what was measured there are few words: to say how many are right would give them away.
+    """
     words, figures, choices = truth(exercise)
     unknown = [word for word in prediction if word not in choices]
     if unknown:
@@ -129,8 +140,7 @@ def judge_prediction(exercise, prediction):
         print(*figures, "right", sep="\n")
         return 0
     if in_order:
-        hits = sum(one == other for one, other in zip(prediction, words))
-        print(f"not yet: {hits} of {len(words)} words are right, in the order of the task")
+        print("not yet: this is not what was measured, in the order of the task")
     else:
         hits = set(prediction) & set(words)
         print(f"not yet: {len(hits)} of your {len(set(prediction))} tests fail, of {len(words)}")
@@ -150,19 +160,37 @@ def judge(exercise, prediction, file):
     return 2
 
 
+def judge_apart(number, folder):
+    """(0, 1 or 2, what was printed) of an answer that is judged in a process of its own.
+
+    What the process prints proves nothing, nor how it ends: the answer, too, can print and leave.
+    It gets a random word in a file, which it removes before the answer is run; when all is judged,
+    it writes the word again, and the result behind it.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        proof, word = Path(place) / "proof", secrets.token_bytes()
+        proof.write_bytes(word)
+        command = [sys.executable, __file__, str(number), "--answers", str(folder),
+                   "--proof", str(proof)]
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, errors="replace",
+                                  timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            return 1, f"not yet: it takes more than {SECONDS} seconds\n"
+        written = proof.read_bytes() if proof.is_file() else b""
+    if written[:-1] != word:
+        return 1, f"{done.stdout}\nnot yet: the process ended before all was judged\n"
+    return written[-1], done.stdout
+
+
 def score(folder):
     """The points of every answer, each judged in a process of its own."""
     rows = []
     for number, exercise in enumerate(EXERCISES, 1):
-        command = [sys.executable, __file__, str(number), "--answers", str(folder)]
         found, passed = "no answer", False
         if answer_file(number, folder).exists():
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-                found = done.stdout.strip().split("\n")[-1]
-                passed = done.returncode == 0 and found.startswith("right")
-            except subprocess.TimeoutExpired:
-                found = f"it takes more than {SECONDS} seconds"
+            status, printed = judge_apart(number, folder)
+            found, passed = printed.strip().split("\n")[-1], status == 0
         rows.append({"exercise": number, "title": exercise.title, "passed": passed,
                      "points": exercise.stars * passed, "of": exercise.stars, "found": found})
     points, of = (sum(row[name] for row in rows) for name in ("points", "of"))
@@ -202,6 +230,7 @@ def main(arguments=None):
     parser.add_argument("--tests", action="store_true", help="list the tests, or words to choose")
     parser.add_argument("--answers", metavar="FOLDER", default=ROOT / "runs/answers")
     parser.add_argument("--score", metavar="FILE", help="judge all answers, and write JSON")
+    parser.add_argument("--proof", type=Path, help=argparse.SUPPRESS)      # of judge_apart
     asked = parser.parse_intermixed_args(arguments)
     if asked.score:
         text = json.dumps(score(asked.answers), indent=1)
@@ -216,6 +245,12 @@ def main(arguments=None):
         return 2
     number = int(asked.exercise)
     exercise, file = EXERCISES[number - 1], answer_file(number, asked.answers)
+    if asked.proof:
+        word = asked.proof.read_bytes()
+        asked.proof.unlink()
+        status = judge(exercise, asked.words, file)
+        asked.proof.write_bytes(word + bytes([status]))
+        return status
     print(heading(number), textwrap.fill(exercise.task, 96), sep="\n")
     for signature, requirement in exercise.stubs:
         print(f"    {signature}", textwrap.indent(textwrap.fill(requirement, 90), "        "),
@@ -229,6 +264,10 @@ def main(arguments=None):
         file.write_text(stub(number), encoding="utf-8")
         print("your answer begins in", file)
         return 0
+    if exercise.stubs and file.exists():
+        status, printed = judge_apart(number, asked.answers)
+        print(printed, end="")
+        return status
     return judge(exercise, asked.words, file)
 
 

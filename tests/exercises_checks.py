@@ -14,7 +14,7 @@ import flow_matching as fm
 import ntk
 import sga
 from test_ntk import Case, close
-from test_sga import near, rand, six_samples, slopes
+from test_sga import FLOAT32, near, rand, seeded, six_samples, slopes
 
 
 def check_heun_asks_at_both_ends_of_a_step():
@@ -102,8 +102,8 @@ def check_training_time_is_that_of_the_frozen_kernel():
 
 def check_flipped_signs_are_those_of_real_steps():
     """By steps of torch's AdamW, each from the same state, long after its start."""
-    G, eps = rand(6, 20), 1e-2
-    v = 10 ** (3 * rand(20, seed=1))
+    G, eps = rand(6, 20, seed=1), 1e-2
+    v = 10 ** (3 * rand(20, seed=2))
     betas = (0.0, 1 - 1e-12)
     moves = []
     for g in G:
@@ -119,6 +119,10 @@ def check_flipped_signs_are_those_of_real_steps():
     by_descent = G @ -G.T
     differ = by_adamw.sign() != by_descent.sign()
     assert differ.any()
+    # Other metrics must have other signs here: both gradients divided, no eps, and no root.
+    for other in ((v.sqrt() + eps) ** 2, v.sqrt(), v + eps):
+        by_other = G / other @ -G.T
+        assert (by_other.sign() != by_adamw.sign()).any()
     assert torch.equal(ntk.flipped(G, v, eps), differ)
 
 
@@ -133,7 +137,8 @@ def check_the_broken_example_is_wrong():
 
 def check_the_guard():
     """Which matrices pass, and how many forward and backward passes that takes."""
-    case, passes = Case("foreign", n=5), []
+    # Of so many samples, random signs hardly ever miss an error.
+    case, passes = Case("foreign", n=16), []
 
     def count(model, inputs, v):
         passes.append("forward")
@@ -145,7 +150,12 @@ def check_the_guard():
     assert passes == ["forward", "backward"]
     other_order = M.roll((1, 1), (0, 1))
     own_alone = M.diag().diag()
-    for wrong in (1.01 * M, M.abs(), own_alone, M.flip(0), other_order):
+    # Right for every s that is made of these four, such as 1, 2, 3, ...; a random s sees the error.
+    i = torch.arange(16).double()
+    plain = torch.stack([i**0, i, i**2, (-1) ** i])
+    Q = torch.linalg.qr(plain.T).Q
+    right_for_plain_s = Q @ Q.T @ M @ Q @ Q.T
+    for wrong in (1.01 * M, M.abs(), own_alone, M.flip(0), other_order, right_for_plain_s):
         with pytest.raises(ValueError):
             ntk.guard(case.model, case.inputs, case.r, wrong)
     case.model.float()
@@ -176,6 +186,27 @@ def check_only_the_last_pass_is_not_quiet():
     assert passes == [1, 1, 1, 1, 0, 0]
 
 
+def check_tuples_may_have_four_views():
+    by_root = torch.tensor([1, 1, 1, 1, 2, 2]).double() / 8
+    assert near(sga.tuple_weights([4, 2], k_max=4), by_root)
+    assert near(sga.tuple_weights([4, 2], "view", 4), torch.full((6,), 1 / 8).double())
+
+
+def check_offsets_gammas_and_generator_are_used():
+    labels, offsets, gammas = torch.arange(3), (1.0, -2.0, 0.25), (20.0, 1.0, 3.0)
+    t = sga.offset_time(labels, seeded(), offsets, std=0.0)
+    assert near(t, torch.sigmoid(torch.tensor(offsets)), FLOAT32)
+    # At t = 1/4 the SNR is 9.
+    for form, expected in (("epsilon", (1, 1 / 9, 1 / 3)), ("velocity", (0.9, 0.1, 0.3))):
+        w = sga.min_snr_weight(torch.full((3,), 0.25), labels, gammas, form)
+        assert near(w, torch.tensor(expected), FLOAT32)
+    generator = seeded(1)
+    first, second = (sga.offset_time(labels, generator) for _ in range(2))
+    assert torch.equal(first, sga.offset_time(labels, seeded(1)))
+    for other in (second, sga.offset_time(labels, seeded(2))):
+        assert not near(first, other, within=1e-3)
+
+
 def check_weighted_velocities_are_slopes():
     model, x, u, a, M, losses = six_samples()
     model.zero_grad()
@@ -190,21 +221,22 @@ def check_weighted_velocities_are_slopes():
 
 
 def check_root_tuples_change_the_noise_alone():
-    root = torch.tensor([0, 1, 2, 0, 1, 2])
-    any_two = list(itertools.combinations(range(6), 2))
-    schemes = {"root": [(0, 3), (1, 4), (2, 5)], "any": any_two}
-    # The views of a root agree.
-    G = rand(3, 50)[root] + 0.5 * rand(6, 50, seed=1)
-    found = {}
-    for meet, steps in schemes.items():
-        a = ntk.every_step(root, meet)
-        expected = torch.zeros(len(steps), 6).double()
-        for row, views in zip(expected, steps):
-            row[list(views)] = 0.5
-        # In any order.
-        assert sorted(a.tolist()) == sorted(expected.tolist())
-        found[meet] = ntk.step_noise(G @ G.T, a)
-    of_roots, mean_of_roots = found["root"]
-    of_any, mean_of_any = found["any"]
-    assert near(mean_of_roots, mean_of_any)
-    assert of_roots > 1.1 * of_any
+    for root, own in (([0, 1, 2, 0, 1, 2], [(0, 3), (1, 4), (2, 5)]),
+                      ([1, 0, 0, 1, 0, 1], [(1, 2, 4), (0, 3, 5)])):
+        root, K = torch.tensor(root), len(own[0])
+        any_views = list(itertools.combinations(range(6), K))
+        # The views of a root agree.
+        G = rand(3, 50)[root] + 0.5 * rand(6, 50, seed=1)
+        found = {}
+        for meet, steps in (("root", own), ("any", any_views)):
+            a = ntk.every_step(root, meet)
+            expected = torch.zeros(len(steps), 6).double()
+            for row, views in zip(expected, steps):
+                row[list(views)] = 1 / K
+            # In any order.
+            assert sorted(a.tolist()) == sorted(expected.tolist())
+            found[meet] = ntk.step_noise(G @ G.T, a)
+        of_roots, mean_of_roots = found["root"]
+        of_any, mean_of_any = found["any"]
+        assert near(mean_of_roots, mean_of_any)
+        assert of_roots > 1.1 * of_any

@@ -1,7 +1,8 @@
 """The exercises, in the reading order of the modules; exercises.py lists and judges them.
 
 Three kinds: write functions from a stub, predict which tests a change breaks, and predict what was
-measured. There are no solutions: most functions to write are those of the repository.
+measured. Most functions to write are those of the repository. Solutions of the others are in
+tests/test_exercises.py, which tests the judge. Nothing needs that file: a course can leave it out.
 """
 
 import json
@@ -212,7 +213,8 @@ EXERCISES = (
         tests=("test_weights_of_both_scalings",
                "test_the_deferred_step_is_one_big_step_whatever_the_sub_batches",
                "test_gradients_are_exchanged_with_the_last_sub_batch_only"),
-        checks=("check_only_the_last_pass_is_not_quiet",)),
+        checks=("check_only_the_last_pass_is_not_quiet",
+                "check_tuples_may_have_four_views")),
     Exercise(
         "Noise levels and weights by granularity", 2, 30, "sga",
         "Write what SGA can change beside the tuples (Eq. 19, 20).",
@@ -221,15 +223,18 @@ EXERCISES = (
           "mean, and the standard deviation std. The shift adds its logarithm to the logit. "
           "Rounding must not lead out of 0..1."),
          ("min_snr_weight(t, granularity, gammas=GAMMAS, form='epsilon')",
-          "(n,) 1 where SNR = ((1 - t)/t)^2 is at most the granularity's gamma; above it weight "
-          "times SNR stays gamma. t is (n,) or one number, 0 and 1 included. 'velocity': "
-          "SNR/(SNR + 1) times that. Another form: a ValueError that names both.")),
+          "(n,) weights of a loss on e (Eq. 20): 1 from t = 1 down to where the signal-to-noise "
+          "ratio is the granularity's gamma; from there it falls without a jump, to 0 at t = 0. t "
+          "is (n,) or one number, 0 and 1 included. 'velocity': the weight that does the same to a "
+          "loss on the velocity, divided by (1 - t)^2 + t^2; which error of e does an error of the "
+          "velocity make at a given x_t? Another form: a ValueError that names both.")),
         tests=("test_time_laws_against_their_closed_form",
                "test_each_sample_gets_the_offset_of_its_granularity",
                "test_the_shift_keeps_the_order_and_the_ends",
                "test_weights_begin_to_act_where_snr_is_gamma",
                "test_the_weight_has_its_limits_at_both_ends",
-               "test_the_velocity_form_is_the_epsilon_form_carried_over")),
+               "test_the_velocity_form_is_the_epsilon_form_carried_over"),
+        checks=("check_offsets_gammas_and_generator_are_used",)),
     Exercise(
         "One factor or two", 2, 20, "sga",
         "Does a weight of the loss count once or twice, in training and in evaluation (Eq. 21)?",

@@ -22,7 +22,7 @@ from results import figure_paint as paint
 from results import figures
 from support.pictures import VIEW_COLOURS
 
-CHEAPER = {"floor": {"captions": 4, "pixels": 8, "levels": 3},
+CHEAPER = {"floor": {"scenes": 4, "pixels": 8, "levels": 3},
            "influence": {"steps": 1, "noises": 2, "pixels": 8},
            "step": {"steps": 1},
            "matrix": {"frames": (0, 1, 2, 3), "stills": (0, 1, 2, 3), "noises": 1}}
@@ -203,24 +203,34 @@ def test_the_quadratic_form_is_the_squared_length_of_the_black_arrow(drawn):
     assert close(form["omega"] @ form["u_g"], form["u_star"], scale=10)
     assert not close(squared, form["omega"] @ form["Omega"].diagonal(), scale=10)
     assert f"= {squared.item():.2f} = |v − u*|²" in drawn[0]["form"].axes[1].get_xlabel()
+    # The numbers that the picture shows add up themselves.
+    shown = [round(term, 2) for term in
+             (form["omega"][:, None] * form["Omega"] * form["omega"]).flatten().tolist()]
+    assert sum(shown) == pytest.approx(round(squared.item(), 2))
 
 
 def test_the_floor_at_noise_alone_is_the_spread_of_the_populations():
-    """At t = 1 nothing is seen of x0, and u* is off by x0 - mean. The mean of that over a caption's
-    images is their variance, which needs no noise to be known."""
-    floors = figures.measure_floor(captions=256, pixels=8, levels=2)
-    scenes = toy_data.sample_scenes(256, torch.Generator().manual_seed(0), "target")
+    """At t = 1 nothing is seen of x0, and u* is off by x0 - mean, whatever the noise. The mean of
+    its square over a caption's images is their variance."""
+    floors = figures.measure_floor(scenes=40, pixels=8, levels=2)
+    # Of the first granularity alone are the random scenes known here.
+    scenes = toy_data.sample_scenes(40, torch.Generator().manual_seed(0), "target")
     everyone = toy_data.population(scenes)
-    for name in toy_data.GRANULARITIES:
+    for name in ("macro",):
         points, _ = toy_data.views(everyone, name, 8)
-        points = points.unflatten(0, (256, 18)).flatten(2)
-        # A caption's own value is one random image's; the mean of 256 has 1/16 of their scatter.
-        of_images = (points - points.mean(1, keepdim=True)).square().mean(2)
-        of_captions = of_images.mean(1)
-        scatter = of_images.var(1, correction=0).mean().sqrt() / 16
-        assert abs(floors[name][-1] - of_captions.mean()) <= 5 * scatter
-        # The twin: half the floor would be noticed.
-        assert abs(floors[name][-1] / 2 - of_captions.mean()) > 5 * scatter
+        points = points.unflatten(0, (40, 18)).double()
+        variance = points.var(1, correction=0).mean().item()
+        assert floors[name][-1] == pytest.approx(variance, rel=1e-5)
+
+
+def test_distinct_captions_stand_for_all_scenes():
+    scenes = toy_data.sample_scenes(60, torch.Generator().manual_seed(1), "target")
+    for name in toy_data.GRANULARITIES:
+        chosen, share = figures.distinct_captions(scenes, name)
+        _, tokens = toy_data.views(scenes, name, 8)
+        same = (tokens[chosen][:, None] == tokens).all(2)              # (captions, 60)
+        assert (same.sum(0) == 1).all()
+        assert torch.allclose(share, same.float().mean(1))
 
 
 def test_M_under_each_image_is_the_product_of_its_mean_gradients():
@@ -285,17 +295,20 @@ def test_the_predicted_line_leaves_the_measured_one_as_the_square_of_the_step():
 def test_the_common_direction_goes_first():
     film = figures.measure_matrix(frames=(0, 10), noises=2)
     before, after = film[0]["cosines"], film[-1]["cosines"]
-    assert paint.share_of_one_direction(before) > paint.share_of_one_direction(after) + 0.1
-    # It sets light images against dark ones: two roots on white, then two on black.
-    _, vectors = torch.linalg.eigh(before)
+    share = paint.share_of_light_against_dark(before)
+    assert share > paint.share_of_light_against_dark(after) + 0.1
+    # At first no other pattern of light and dark has much more: two roots on white, two on black.
+    values, vectors = torch.linalg.eigh(before)
     light, dark = vectors[:, -1].view(2, 6).mean(1)
     assert light * dark < 0
+    assert 0.9 * values[-1] / len(before) < share <= values[-1] / len(before) + 1e-6
 
 
-def test_gradients_along_one_line_share_all_and_gradients_at_right_angles_the_least():
-    signs = torch.tensor([1.0, -1.0, 1.0, 1.0])
-    assert paint.share_of_one_direction(torch.outer(signs, signs)) == pytest.approx(1)
-    assert paint.share_of_one_direction(torch.eye(4)) == pytest.approx(1 / 4)
+def test_opposite_gradients_have_all_and_gradients_at_right_angles_the_least():
+    signs = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    assert paint.share_of_light_against_dark(torch.outer(signs, signs)) == pytest.approx(1)
+    assert paint.share_of_light_against_dark(torch.ones(4, 4)) == pytest.approx(0)
+    assert paint.share_of_light_against_dark(torch.eye(4)) == pytest.approx(1 / 4)
 
 
 def test_a_still_shows_the_cosines_of_M():

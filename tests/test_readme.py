@@ -336,6 +336,7 @@ RUN_BY = {"toy_data.py": ("test_alone.py", "demos"),
           "results/regimes_report.py": (
               "test_regimes_report.py",
               "test_the_figures_are_drawn_from_whatever_rows_there_are"),
+          "results/ranks.py": ("test_regimes.py", "test_the_ranks_are_drawn_from_the_rows"),
           "results/cover.py": ("test_train.py", "test_the_cover_is_drawn")}
 
 
@@ -347,13 +348,14 @@ def test_every_figure_exists_and_names_a_command_that_a_test_runs(page, figure):
     else:
         caption = PAGES[page].split("## How it was measured")[1].split("\n## ")[0]
         assert f"`{figure}`" in caption
+    if "/figures/" in figure:
+        caption = "`python results/figures.py` draws all pictures of this kind"
+        assert caption in README
     commands = re.findall(r"python (\S+\.py)", caption)
     assert commands
     for command in commands:
         file, name = RUN_BY[command]
         assert name in functions(f"tests/{file}")
-    if "/figures/" in figure:
-        assert f"`python results/figures.py {Path(figure).stem}`" in caption
 
 
 def test_the_readme_shows_every_picture_of_the_derivation():

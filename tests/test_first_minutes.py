@@ -35,7 +35,7 @@ def test_the_equations_come_in_the_order_of_the_derivation(printed):
 
 
 def test_the_loss_falls_and_stays_above_its_floor(printed):
-    floor = float(re.search(r"its floor \(Eq\. 5\): (\S+)", printed[0])[1])
+    floor = float(re.search(r"its floor\s+\(Eq\. 5\): (\S+)", printed[0])[1])
     losses = [float(loss) for loss in re.findall(r"the loss is (\S+)", printed[0])]
     assert len(losses) == 3 and losses[0] > losses[-1] > floor > 0
 

@@ -244,33 +244,32 @@ def unpatchify(x, patch):
 class DiT(nn.Module):
     """x (N, 3, pixels, pixels), t (N,), tokens (N, L) -> velocity like x, which is zero at first.
 
-    t may be one number for all. `image_channels` is 3 or another number of channels of x, such as
-    1 for grey images, or 4 for the latents of an autoencoder. Raises ValueError if patch does not
-    divide pixels, if width is not a multiple of 4 and of heads, and for inputs of other shapes.
+    t may be one number for all. `channels` is 3 or another number of channels of x, such as 1 for
+    grey images, or 4 for the latents of an autoencoder. Raises ValueError if patch does not divide
+    pixels, if width is not a multiple of 4 and of heads, and for inputs of other shapes.
 
     Class labels are captions of one word: class k is the word k + 1, as 0 is the null caption.
     With tokens=None every sample has the null caption, and the network has no condition.
 
     Example, for digits of 28 x 28 grey pixels in ten classes (`import torch, dit`):
-        model = dit.DiT(vocabulary=11, pixels=28, image_channels=1)
+        model = dit.DiT(vocabulary=11, pixels=28, channels=1)
         x, digits = torch.randn(5, 1, 28, 28), torch.tensor([0, 1, 5, 9, 9])
         v = model(x, t=0.5, tokens=1 + digits[:, None])           # (5, 1, 28, 28)
         v = model(x, t=torch.rand(5))                             # (5, 1, 28, 28)
     """
 
-    def __init__(self, vocabulary, pixels=24, patch=4, width=96, depth=4, heads=4,
-                 image_channels=3):
+    def __init__(self, vocabulary, pixels=24, patch=4, width=96, depth=4, heads=4, channels=3):
         super().__init__()
-        sizes = (vocabulary, pixels, patch, width, depth, heads, image_channels)
+        sizes = (vocabulary, pixels, patch, width, depth, heads, channels)
         if not all(isinstance(size, numbers.Integral) and size > 0 for size in sizes):
             raise ValueError(f"all sizes of a DiT must be whole numbers of 1 or more, not {sizes}")
         if pixels % patch or width % heads or width % 4:
             raise ValueError(f"patch {patch} must divide pixels {pixels}; width {width} must be "
                              f"a multiple of 4 and of heads {heads}")
-        self.size = (image_channels, pixels, pixels)
+        self.size = (channels, pixels, pixels)
         self.patch = patch
         self.width = width
-        values = image_channels * patch * patch         # of one patch
+        values = channels * patch * patch         # of one patch
         self.embed = nn.Linear(values, width)
         self.text = TextEncoder(vocabulary, width, heads)
         self.time = TimeEncoder(width)

@@ -57,7 +57,7 @@ class Settings:
     smallest_object: float = option(0.0, "roots whose object has a smaller radius have no micro "
                                     "view: it would be enlarged too much", 0.0, 1.0)
     # The network.
-    width: int = option(64, "channels of a token (DiT) or of the coarsest grid (U-Net)", 8)
+    width: int = option(64, "numbers a token (DiT) or place of the smallest grid (U-Net) has", 8)
     depth: int = option(3, "blocks (DiT only)", 1)
     patch: int = option(2, "height and width of a patch (DiT only)", 1)
     # The training.
@@ -119,8 +119,8 @@ def build(s, step=0):
         if s.model == "dit":
             model = DiT(words, s.pixels, s.patch, s.width, s.depth)
         else:
-            channels = (s.width // 3, 2 * s.width // 3, s.width)
-            model = UNet(words, s.pixels, channels, s.width)
+            widths = (s.width // 3, 2 * s.width // 3, s.width)
+            model = UNet(words, s.pixels, widths, s.width)
     except ValueError as error:
         stop(error)
     if step > s.pretrain_steps:

@@ -253,42 +253,41 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """x (N, 3, pixels, pixels), t (N,), tokens (N, L) -> velocity like x, which is zero at first.
 
-    t may be one number for all. `channels` are those of the three resolutions (pixels, pixels / 2,
-    pixels / 4), and `width` is that of the condition. `image_channels` is 3 or another number of
-    channels of x, such as 1 for grey images, or 4 for the latents of an autoencoder. Raises
-    ValueError if pixels is not a multiple of 4, if a width or channel count is not one of 8 and of
-    heads, and for inputs of other shapes.
+    t may be one number for all. `widths` are those of the three resolutions (pixels, pixels / 2,
+    pixels / 4), and `width` is that of the condition. `channels` is 3 or another number of channels
+    of x, such as 1 for grey images, or 4 for the latents of an autoencoder. Raises ValueError if
+    pixels is not a multiple of 4, if a width is not a multiple of 8 and of heads, and for inputs of
+    other shapes.
 
     Class labels are captions of one word: class k is the word k + 1, as 0 is the null caption.
     With tokens=None every sample has the null caption, and the network has no condition.
 
     Example, for digits of 28 x 28 grey pixels in ten classes (`import torch, unet`):
-        model = unet.UNet(vocabulary=11, pixels=28, image_channels=1)
+        model = unet.UNet(vocabulary=11, pixels=28, channels=1)
         x, digits = torch.randn(5, 1, 28, 28), torch.tensor([0, 1, 5, 9, 9])
         v = model(x, t=0.5, tokens=1 + digits[:, None])           # (5, 1, 28, 28)
         v = model(x, t=torch.rand(5))                             # (5, 1, 28, 28)
     """
 
-    def __init__(self, vocabulary, pixels=24, channels=(32, 64, 96), width=96, heads=4,
-                 image_channels=3):
+    def __init__(self, vocabulary, pixels=24, widths=(32, 64, 96), width=96, heads=4, channels=3):
         super().__init__()
-        channels = tuple(channels) if isinstance(channels, (list, tuple)) else (channels,)
-        sizes = (vocabulary, pixels, *channels, width, heads, image_channels)
+        widths = tuple(widths) if isinstance(widths, (list, tuple)) else (widths,)
+        sizes = (vocabulary, pixels, *widths, width, heads, channels)
         if not all(isinstance(size, numbers.Integral) and size > 0 for size in sizes):
             raise ValueError("all sizes of a U-Net must be whole numbers of 1 or more, not "
                              f"{sizes}")
-        if len(channels) != 3:
-            raise ValueError("a U-Net has three channels, such as (32, 64, 96): one for each grid, "
-                             f"not {channels}")
-        wrong = [size for size in (*channels, width) if size % 8 or size % heads]
+        if len(widths) != 3:
+            raise ValueError("a U-Net has three widths, such as (32, 64, 96): one for each grid, "
+                             f"not {widths}")
+        wrong = [size for size in (*widths, width) if size % 8 or size % heads]
         if pixels % 4 or wrong:
-            raise ValueError(f"pixels {pixels} must be a multiple of 4; channels {channels} and "
-                             f"width {width} must be multiples of 8 and of heads {heads}")
-        self.size = (image_channels, pixels, pixels)
-        fine, half, coarse = channels
+            raise ValueError(f"pixels {pixels} must be a multiple of 4; widths {widths} and width "
+                             f"{width} must be multiples of 8 and of heads {heads}")
+        self.size = (channels, pixels, pixels)
+        fine, half, coarse = widths
         self.text = TextEncoder(vocabulary, width, heads)
         self.time = TimeEncoder(width)
-        self.embed = nn.Conv2d(image_channels, fine, 3, padding=1)
+        self.embed = nn.Conv2d(channels, fine, 3, padding=1)
         # Down: at the finest resolution there is no attention, since it grows with pixels^4.
         self.down_1 = Level(fine, fine, width, 0)
         self.shrink_1 = nn.Conv2d(fine, half, 3, stride=2, padding=1)
@@ -302,7 +301,7 @@ class UNet(nn.Module):
         self.grow_1 = nn.Conv2d(half, fine, 3, padding=1)
         self.up_1 = Level(2 * fine, fine, width, 0)
         self.norm = norm(fine)
-        self.head = zero(nn.Conv2d(fine, image_channels, 3, padding=1))
+        self.head = zero(nn.Conv2d(fine, channels, 3, padding=1))
 
     def forward(self, x, t, tokens=None):
         kind = self.text.embed.weight.dtype

@@ -197,7 +197,7 @@ def trained_unet(steps, pixels, t):
     """A small U-Net after some steps on all views of the base domain, at noise levels near t."""
     torch.manual_seed(2)
     generator = torch.Generator().manual_seed(2)
-    model = unet.UNet(VOCABULARY, pixels, channels=(8, 16, 24), width=32)
+    model = unet.UNet(VOCABULARY, pixels, widths=(8, 16, 24), width=32)
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             # Zeros beyond the edges would draw a frame into every picture.

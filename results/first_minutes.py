@@ -189,9 +189,9 @@ def picture(samples):
 def main(file="first_minutes.png", steps=STEPS, samples=100, noises=32):
     began = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
-    print("Can a training step on one image be in conflict with another? The picture of the question"
-          " is\nresults/figures/influence.png. A small network learns now, in a minute, and answers"
-          " it.")
+    print("Can a training step on one image be in conflict with another? The picture of the"
+          " question is\nresults/figures/influence.png. A small network learns now, in a minute,"
+          " and answers it.")
 
     held, floor = measure_held(generator)
     # Without repetitions.
@@ -203,8 +203,8 @@ def main(file="first_minutes.png", steps=STEPS, samples=100, noises=32):
     print("\nThe path (Eq. 1) leads from an image x0 to noise e: x_t = (1 - t) x0 + t e. At a point"
           " x_t the\nnetwork answers with a velocity v, whose target is u = e - x0 (Eq. 2)."
           " Its residual is v - u.")
-    print("The loss (Eq. 3) is the mean square of the residual. On average no network gets below its"
-          f" floor\n(Eq. 5): {floor:.3f}")
+    print("The loss (Eq. 3) is the mean square of the residual. On average no network gets below"
+          f" its floor\n(Eq. 5): {floor:.3f}")
     model, loss = measure_training(steps, generator, held)
     print(f"Most of the last loss is still the network's: the floor is {floor / loss:.0%} of it.")
 

@@ -13,7 +13,6 @@ that is used for nothing else. A run is one line of ranks.jsonl.
 import argparse
 import concurrent.futures
 import dataclasses
-import math
 import multiprocessing
 import sys
 from pathlib import Path

@@ -219,7 +219,7 @@ def test_forward_and_reverse_mode_agree(model, batch):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_grey_images_classes_and_no_condition_fit_too(name):
     torch.manual_seed(0)
-    model = woken(NETWORKS[name](image_channels=1))
+    model = woken(NETWORKS[name](channels=1))
     x, t, classes = torch.randn(3, 1, 8, 8), torch.full((3,), 0.25), torch.tensor([[1], [2], [3]])
     assert model(x, t, classes).shape == x.shape
     nothing = torch.zeros(3, 1, dtype=torch.long)

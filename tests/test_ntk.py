@@ -33,7 +33,7 @@ def small_dit():
 
 def small_unet():
     """Three resolutions, attention on 2 x 2 pixels; layers of both ways, gradients and Grams."""
-    return unet.UNet(20, 4, (8, 8, 32), 8, 1, image_channels=1)
+    return unet.UNet(20, 4, (8, 8, 32), 8, 1, channels=1)
 
 
 def foreign():

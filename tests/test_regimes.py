@@ -12,7 +12,7 @@ import ntk
 import sga
 import toy_data
 import train
-from results import prediction, ranks, regimes, step_noise, yardsticks
+from results import prediction, ranks, regimes, regimes_report, step_noise, yardsticks
 from support import report
 
 TINY = {"pixels": 8, "width": 24, "depth": 1, "batch": 4, "pretrain_steps": 2, "roots": 4,
@@ -293,3 +293,49 @@ def test_adamws_metric_is_m_if_its_scale_is_equal_and_one_weights_if_it_is_not(m
     pairs = len(G) * (len(G) - 1) / 2
     conflict = ranks.in_adamws_metric(run)["conflict"]
     assert conflict == pytest.approx(above * (len(G) - above) / pairs)
+
+
+def row_of_rank(rank, arm, seed, error):
+    """A row whose every error is as named; the shares differ with the rank."""
+    views = yardsticks.VIEWS
+    read = {f"seen {view} 2": dict.fromkeys(yardsticks.READ, 0.5) for view in views}
+    return {"rank": rank, "arm": arm, "seed": seed, "rate": 1e-2, "trained": 1234 + rank,
+            "fit": {view: [error] * 3 for view in views}, "reader": read,
+            "generalisation": {f"seen {view}": [error] * 3 for view in views},
+            "probe": [{"conflict": 0.1}, {"conflict": 0.2 + 0.01 * rank}],
+            "adamw": {"conflict": 0.4, "flipped": 0.125},
+            "predicted": {"square": 6.0 if arm == "tuple_max" else 5.0, "mean_square": 2.0}}
+
+
+def test_the_ranks_are_drawn_from_the_rows(tmp_path):
+    rows = []
+    for rank, seed in itertools.product(ranks.RANKS, ranks.SEEDS):
+        rows.append(row_of_rank(rank, "baseline", seed, 0.1))
+        rows.append(row_of_rank(rank, "tuple_max", seed, 0.1))
+        rows.append(row_of_rank(rank, "sga", seed, 0.1 * (1.01 + 0.01 * seed)))
+    # A row that chose the rate is no run of the study.
+    rows.append(row_of_rank(4, "baseline", ranks.CHOOSING_SEED, 99.0))
+    assert ranks.effect(rows, 4, "sga", regimes_report.fit) == pytest.approx([2, 3, 4])
+    line = next(line for line in ranks.table(rows).splitlines() if line.startswith("| 8 |"))
+    assert "| 1,242 | 0.01 | 28.0% | 28.0% | 40.0% | 12.5% | 2.5 | 3.0 | 0.1000 | 50.0% |" in line
+    file = tmp_path / "ranks.png"
+    ranks.draw(rows, file)
+    assert file.stat().st_size > 10_000
+
+
+def test_the_rate_of_a_rank_is_chosen_on_the_baseline_of_the_choosing_seed():
+    rows = [row_of_rank(4, "baseline", ranks.CHOOSING_SEED, error) | {"rate": rate}
+            for rate, error in ((1e-3, 0.3), (3e-3, 0.2), (1e-2, 0.4))]
+    rows.append(row_of_rank(8, "baseline", ranks.CHOOSING_SEED, 0.1) | {"rate": 1.0})
+    rows.append(row_of_rank(4, "baseline", 1, 0.1) | {"rate": 1.0})
+    assert ranks.chosen_rate(rows, 4) == 3e-3
+
+
+def test_the_committed_ranks_are_whole_and_their_table_is_theirs():
+    rows = ranks.read_rows()
+    keys = set(map(ranks.key_of, rows))
+    wanted = set(ranks.choices_of_rates())
+    for seed in ranks.SEEDS:
+        wanted |= set(ranks.runs_of(seed))
+    assert keys == wanted and len(rows) == len(keys)
+    assert ranks.TABLE.read_text(encoding="utf-8") == ranks.table(rows)

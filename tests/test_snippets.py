@@ -246,9 +246,9 @@ def small(name, channels):
     """A small network of one's own, away from its zero start."""
     torch.manual_seed(0)
     if name == "dit":
-        network = dit.DiT(11, 8, 4, 16, 1, 2, image_channels=channels)
+        network = dit.DiT(11, 8, 4, 16, 1, 2, channels=channels)
     else:
-        network = unet.UNet(11, 8, (8, 8, 8), 8, 2, image_channels=channels)
+        network = unet.UNet(11, 8, (8, 8, 8), 8, 2, channels=channels)
     for weight in network.parameters():
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.2)

@@ -6,6 +6,7 @@ what the network makes of captions then.
 
 import dataclasses
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -34,10 +35,11 @@ def main(folder, file=str(ROOT / "results/cover.png")):
     run.ema.load_state_dict(content["ema"])
     probe = [row for row in content["probe"] if row["step"] >= s.pretrain_steps]
 
-    figure = Figure(figsize=(14, 6.4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(2.1, 1))
+    figure = Figure(figsize=(12.8, 9.6), layout="constrained")
+    figure.suptitle("The common direction of the gradients goes first", fontsize=24)
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
     paint_matrices(left, probe, s)
-    paint_samples(right, *sample(run), f"True image and samples ({s.model}, {s.arm})")
+    paint_samples(right, *sample(run))
     figure.savefig(file, dpi=80)
     print("drawn:", file)
 
@@ -59,34 +61,32 @@ def sample(run):
 def paint_matrices(figure, probe, s):
     """M before the fine-tuning and at its end, as cosines."""
     steps = probe[-1]["step"] - s.pretrain_steps
-    axes = figure.subplots(1, 2)
-    moments = {"before": probe[0], f"after {steps} steps": probe[-1]}
+    axes = figure.subplots(2, 1)
+    moments = {"before the fine-tuning": probe[0], f"after {steps} steps": probe[-1]}
     for axis, (when, row) in zip(axes, moments.items()):
         cosines = ntk.cosines(torch.as_tensor(row["M"]))
         shown = axis.imshow(cosines.numpy(), vmin=-1, vmax=1, cmap="PuOr")
-        axis.set_title(f"{when}:\n{row['conflict']:.0%} of pairs conflict", fontsize=15)
+        axis.set_title(f"M {when}:\n{row['conflict']:.0%} of pairs in conflict", fontsize=20)
         middles = range(4, 9 * s.probe, 9)
         names = [str(k + 1) for k in range(s.probe)]
-        axis.set_xticks(middles, names, fontsize=13)
-        axis.set_yticks(middles, names, fontsize=13)
-        axis.set_xlabel("root: macro, meso, micro,\neach at t = 0.2, 0.5, 0.8", fontsize=13)
+        axis.set_xticks(middles, names, fontsize=18)
+        axis.set_yticks(middles, names, fontsize=18)
+        axis.set_ylabel("root", fontsize=18)
         for edge in range(9, 9 * s.probe, 9):
             axis.axhline(edge - 0.5, color="black", linewidth=0.6)
             axis.axvline(edge - 0.5, color="black", linewidth=0.6)
-    bar = figure.colorbar(shown, ax=axes)
-    bar.ax.tick_params(labelsize=12)
-    bar.set_label("cosine of two gradients (orange: in conflict)", fontsize=13)
-    figure.suptitle("The interaction matrix of a fine-tuning, M_ij = r_iᵀ K_ij r_j", fontsize=17)
+    bar = figure.colorbar(shown, ax=axes, ticks=(-1, 0, 1))
+    bar.ax.set_yticklabels(("−1\nconflict", "0", "1\nhelps"), fontsize=18)
 
 
-def paint_samples(figure, captions, truth, images, title):
+def paint_samples(figure, captions, truth, images):
     """A row for each caption: a true image, a gap, samples."""
     axes = figure.subplots(len(captions), 1)
     for axis, caption, image, samples in zip(axes, captions, truth, images):
         gap = torch.ones_like(image[:, :, :4])
         show(axis, [image, gap, *samples])
-        axis.set_title(caption, fontsize=13)
-    figure.suptitle(title, fontsize=17)
+        axis.set_title(textwrap.fill(caption, 28), fontsize=18)
+    figure.suptitle("A true image, three samples", fontsize=20)
 
 
 if __name__ == "__main__":

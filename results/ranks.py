@@ -32,7 +32,7 @@ from support import report  # noqa: E402
 ROWS = ROOT / "results/ranks.jsonl"
 FIGURE = ROOT / "results/ranks.png"
 TABLE = ROOT / "results/ranks_table.md"
-TITLE = "A smaller rank"
+TITLE = "A smaller rank learns less; its gradients are not more in conflict"
 RANKS = (1, 2, 4, 8, 16, 0)
 ARMS = ("baseline", "tuple_max", "sga")
 SEEDS = (1, 2, 3)
@@ -196,7 +196,7 @@ PANELS = {
     "fit |v - u*|²/D\n(less is better)": (
         ("baseline", regimes_report.fit, "baseline"), ("sga", regimes_report.fit, "SGA"),
         ("tuple_max", regimes_report.fit, "root tuples"))}
-LOOKS = {"baseline": "#000000", "SGA": "#d55e00", "root tuples": "#0072b2",
+LOOKS = {"baseline": "#000000", "SGA": "#cc4c8f", "root tuples": "#2f9fd8",
          "baseline, for AdamW": "#999999"}
 
 

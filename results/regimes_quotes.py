@@ -14,7 +14,7 @@ if __name__ == "__main__":
     # Not this folder first: its tabulate.py would hide a library of that name.
     sys.path[0] = str(ROOT)
 
-from results import regimes, regimes_report, step_noise, yardsticks  # noqa: E402
+from results import ranks, regimes, regimes_report, step_noise, yardsticks  # noqa: E402
 from results.regimes_report import mean, text_of  # noqa: E402
 from results.study_quotes import missing  # noqa: E402
 
@@ -123,8 +123,8 @@ def interval_text(values, unit):
     return f"{centre}{unit} {interval}"
 
 
-def sentences(rows, noises):
-    """The sentences that must stand on the page, from the rows of both files."""
+def sentences(rows, noises, of_ranks):
+    """The sentences that must stand on the page, from the rows of all three files."""
     found, study = [], Rows(rows)
 
     def quote(text, *values):
@@ -132,6 +132,7 @@ def sentences(rows, noises):
 
     quote_the_answer(quote, study)
     quote_the_mechanism(quote, study)
+    quote_the_ranks(quote, of_ranks)
     quote("Of {} predictions the median is wrong by {} and the worst by {}, and {} lie outside of "
           "their bars", *errors_of_predictions(noises))
     quote("Of {} such squares the median is wrong by {}, and {} lie outside of two standard errors",
@@ -140,6 +141,8 @@ def sentences(rows, noises):
     quote("predicts root tuples to be {} times as noisy", study.fading(noises))
     minutes = sum(row["seconds"] for row in rows) / 60
     quote("{} runs took {} minutes of training", len(rows), f"{minutes:.0f}")
+    minutes = sum(row["seconds"] for row in of_ranks) / 60
+    quote("{} runs of the ranks took {} minutes", len(of_ranks), f"{minutes:.0f}")
     return found
 
 
@@ -198,6 +201,31 @@ def quote_the_mechanism(quote, study):
           *(study.conflict_change(model, "sga") for model in regimes.MODELS))
 
 
+def quote_the_ranks(quote, rows):
+    def means(arm, measure):
+        return [ranks.mean_of(rows, rank, arm, measure) for rank in ranks.RANKS]
+
+    def span(values, form=".1%"):
+        return f"{min(values):{form}}", f"{max(values):{form}}"
+
+    fits = dict(zip(ranks.RANKS, means("baseline", regimes_report.fit)))
+    quote("the baseline's fit is {}/1000 at rank 1, {}/1000 at rank 16 and {}/1000 with all "
+          "weights", *(f"{1000 * fits[rank]:.0f}" for rank in (1, 16, 0)))
+    quote("the share of pairs in conflict is between {} and {} at every rank, and between {} and "
+          "{} with SGA",
+          *span(means("baseline", ranks.conflict)), *span(means("sga", ranks.conflict)))
+    noises = zip(means("tuple_max", regimes_report.noise_of),
+                 means("baseline", regimes_report.noise_of))
+    ends = span([tuples / own for tuples, own in noises], ".2f")
+    quote("predicts root tuples to be {} times as noisy", " to ".join(sorted(set(ends))))
+    effects = [mean(ranks.effect(rows, rank, "sga", regimes_report.fit)) for rank in ranks.RANKS]
+    quote("SGA changes the fit by {} to {}", *(f"{end}%" for end in span(effects, "+.1f")))
+    quote("have another sign than M_ij in {} to {} of the pairs",
+          *span(means("baseline", ranks.flipped)))
+    quote("the share of pairs below 0 is between {} and {}",
+          *span(means("baseline", ranks.conflict_for_adamw)))
+
+
 def errors_of_predictions(noises):
     """(how many, median and largest error, how many outside of their bars) of the noises."""
     found = regimes_report.noises_over_the_baselines(noises)
@@ -230,5 +258,6 @@ def largest_uncertainty(noises):
 
 if __name__ == "__main__":
     text = (ROOT / PAGE).read_text(encoding="utf-8")
-    for sentence in missing(text, sentences(regimes.read_rows(), step_noise.read_rows())):
+    found = sentences(regimes.read_rows(), step_noise.read_rows(), ranks.read_rows())
+    for sentence in missing(text, found):
         print(f"{PAGE}: {sentence}")

@@ -3,10 +3,13 @@
 import os
 import signal
 
-# The threads of torch sleep while they wait for each other. By default they spin, which is a little
-# faster on an idle machine, and many times slower where another process has taken one of the cores
-# (results/threads_cpu.md). OpenMP reads this when torch is loaded; your own setting comes first.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The threads of torch sleep while they wait for each other, with GNU's OpenMP after 1,000 spins. By
+# default they spin for long, which is several times slower where another process has taken one of
+# the cores (results/threads_cpu.md). OpenMP reads this when torch is loaded; your own setting comes
+# first.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 # What SIGINT (Ctrl-C) did before begin_program; None outside of a program.

@@ -10,7 +10,7 @@ import torch
 import toy_data
 import train
 from results import (
-    regimes, regimes_quotes, regimes_report, step_noise, study_quotes, yardsticks)
+    ranks, regimes, regimes_quotes, regimes_report, step_noise, study_quotes, yardsticks)
 from support import report
 from test_study import changed, unchecked
 
@@ -225,7 +225,7 @@ def test_the_fit_follows_the_predicted_noise_of_the_four_ways_to_meet(committed)
 
 
 def test_the_numbers_on_the_page_are_those_of_the_committed_rows(committed):
-    sentences = regimes_quotes.sentences(committed, step_noise.read_rows())
+    sentences = regimes_quotes.sentences(committed, step_noise.read_rows(), ranks.read_rows())
     assert study_quotes.missing(PAGE, sentences) == []
     flat = " ".join(PAGE.split())
     for sentence in sentences:

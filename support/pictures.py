@@ -90,12 +90,13 @@ def draw_curves(log, s, file):
     above.plot(steps, [row["loss"] for row in log], color="grey", label="training loss")
     for view, colour in VIEW_COLOURS.items():
         draw_validation(above, below, log, view, colour)
-    for axis, name in ((above, "loss per output"), (below, "error |v - u*|²/D")):
+    # Each with room for its legend.
+    for axis, name, room in ((above, "loss per output", 4), (below, "error |v - u*|²/D", 1.7)):
         axis.set_yscale("log")
         axis.set_ylabel(name, fontsize=19)
         axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)
         _, high = axis.get_ylim()
-        axis.set_ylim(top=4 * high)            # room for the legend
+        axis.set_ylim(top=room * high)
         axis.legend(fontsize=17, ncols=3, loc="upper center")
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=18, which="both")

@@ -224,6 +224,20 @@ def test_the_fit_follows_the_predicted_noise_of_the_four_ways_to_meet(committed)
     assert noises == sorted(noises, reverse=True) and fits == sorted(fits, reverse=True)
 
 
+def test_conflict_grows_in_every_arm_of_every_regime_in_the_mean(committed):
+    """The page says so."""
+    shares = {}
+    for row in committed:
+        if row["seed"] in regimes.SEEDS:
+            key = row["regime"], row["model"], row["arm"]
+            shares.setdefault(key, []).append(
+                [row["probe"][moment]["conflict"] for moment in (0, -1)])
+    assert len(shares) > 30
+    for start_and_end in shares.values():
+        start, end = map(regimes_report.mean, zip(*start_and_end))
+        assert end > start + 0.05
+
+
 def test_the_numbers_on_the_page_are_those_of_the_committed_rows(committed):
     sentences = regimes_quotes.sentences(committed, step_noise.read_rows(), ranks.read_rows())
     assert study_quotes.missing(PAGE, sentences) == []

@@ -36,7 +36,7 @@ def main(folder, file=str(ROOT / "results/cover.png")):
     probe = [row for row in content["probe"] if row["step"] >= s.pretrain_steps]
 
     figure = Figure(figsize=(12.8, 9.6), layout="constrained")
-    figure.suptitle("The common direction of the gradients goes first", fontsize=24)
+    figure.suptitle("What the gradients share goes first", fontsize=24)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
     paint_matrices(left, probe, s)
     paint_samples(right, *sample(run))

@@ -102,8 +102,9 @@ def two_squares():
 
 def test_the_noise_of_a_step_is_its_square_over_that_of_its_mean():
     """6/1 over 2/0.25, which is 0.75, by M and as measured; two errors of 1% each make 2.8%."""
-    [(scheme, predicted, measured, bar)] = regimes_report.noises_over_the_baselines(two_squares())
-    assert scheme == "tuple"
+    [found] = regimes_report.noises_over_the_baselines(two_squares())
+    case, scheme, predicted, measured, bar = found
+    assert (*case, scheme) == ("dit", "paper", "tuple")
     assert (predicted, measured) == pytest.approx((0.75, 0.75))
     assert bar == pytest.approx(0.75 * 2 * 2**0.5 * 0.01)
 

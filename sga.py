@@ -366,12 +366,12 @@ def deferred_backward(losses, sub_batches, quiet=contextlib.nullcontext):
 # --- Scale: noise levels and weights by granularity -----------------------------------------------
 
 def offset_time(granularity, generator, offsets=OFFSETS, mean=0.0, std=1.0, shift=1.0):
-    """(n,) t = sigmoid(z), z ~ N(mean + mu, std^2), then t' = k t / (1 + (k - 1) t) (Eq. 19).
+    """(n,) t = sigmoid(z), z ~ N(mean + mu, std^2), then t' = h t / (1 + (h - 1) t) (Eq. 19).
 
     granularity (n,) indexes the offsets mu: with those of the paper, macro views
     see more noise and micro views less. Labels of your own have offsets of their
-    own in a dict. k is the resolution shift; k > 1 favours noise, as larger images
-    need, and k = 1 is off. The median of t is sigmoid(mean + mu), shifted.
+    own in a dict. h is the resolution shift; h > 1 favours noise, as larger images
+    need, and h = 1 is off. The median of t is sigmoid(mean + mu), shifted.
     A density of t and a weight of the loss give the same expected gradient if the
     weight is the ratio of two densities. They differ in how much the gradient of a
     step scatters around it.

@@ -83,7 +83,7 @@ def test_the_tables_hold_what_the_rows_say(rows):
     text = regimes_report.tables(rows)
     assert "## paper, DiT" in text and "## paper, U-Net" not in text
     [mechanism] = [line for line in text.splitlines() if line.startswith("| SGA (`sga`) | no")]
-    assert "| 1.25 | +10.0, +10.0, +10.0 | +3.0, +3.0, +3.0 | +3.0 (+0.5 to +5.5) |" in mechanism
+    assert "| 1.25 | -10.0, -10.0, -10.0 | +3.0, +3.0, +3.0 | +3.0 (+0.5 to +5.5) |" in mechanism
     effect = next(line for line in text.splitlines() if line.startswith("| SGA | 3 |"))
     assert "+3.0 (+0.5 to +5.5)" in effect and "+10.0 (+10.0 to +10.0)" in effect
     assert "1.250 (1.250 to 1.250)" in text

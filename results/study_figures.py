@@ -111,7 +111,7 @@ def who_conflicts(rows):
             label = " and ".join(kind.replace("view", "granularity").split())
             axis.plot(steps, shares, "o", linestyle=line, color=colour, label=label)
         axis.set(xlabel="steps (baseline)", ylim=(-2, 57))
-    panels["dit"].set_ylabel("pairs with M_ij < 0, %")
+    panels["dit"].set_ylabel("pairs in conflict, %")
     handles, labels = panels["dit"].get_legend_handles_labels()
     figure.legend(handles, labels, title="the two share their", loc="outside lower center", ncols=3)
     return figure

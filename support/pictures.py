@@ -23,7 +23,7 @@ KINDS = {"root view": ("black", "-"), "root level": ("black", "--"), "root": ("b
          "view level": ("#d55e00", "-"), "view": ("#d55e00", "--"),
          "level": ("#cc79a7", "-"), "nothing": ("#56b4e9", "-")}
 SHARED = {"root": "root", "view": "granularity", "level": "noise level", "nothing": "nothing"}
-FINE_TUNING = "optimizer step (vertical line: the fine-tuning begins)"
+FINE_TUNING = "optimizer step (line: the fine-tuning begins)"
 
 
 def file_of(out):
@@ -125,7 +125,7 @@ def draw_validation(above, below, log, view, colour):
 
 def draw_probe(rows, s, file):
     """How the interaction matrix of the probe batch evolves, and what it is at last."""
-    figure = Figure(figsize=(18, 15), layout="constrained")
+    figure = Figure(figsize=(14.6, 11), layout="constrained")
     (conflict, cosine), (numbers, matrix) = figure.subplots(2, 2)
     draw_kinds(conflict, rows, "conflict", "Share of pairs in conflict")
     draw_kinds(cosine, rows, "cosine", "Mean cosine of two gradients")
@@ -136,14 +136,13 @@ def draw_probe(rows, s, file):
         axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)
         axis.grid(alpha=0.3)
         axis.set_xlabel(FINE_TUNING, fontsize=19)
-        axis.tick_params(labelsize=18)
+        axis.tick_params(labelsize=19)
     M = torch.as_tensor(rows[-1]["M"])
     shown = draw_matrix(matrix, M, f"M after step {rows[-1]['step']}, as cosines")
     bar = figure.colorbar(shown, ax=matrix)
     bar.set_label("cosine (below 0: conflict)", fontsize=19)
-    bar.ax.tick_params(labelsize=18)
-    figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}: the interaction matrix of"
-                    f" {s.probe} roots of the target domain", fontsize=23)
+    bar.ax.tick_params(labelsize=19)
+    figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}: M of {s.probe} roots", fontsize=22)
     save(figure, file, dpi=70)
 
 
@@ -171,7 +170,7 @@ def draw_numbers(axis, rows):
               label="drift of the kernel (Eq. 16)")
     axis.set_yscale("symlog", linthresh=0.1)
     axis.set_title("The whole matrix (linear below 0.1)", fontsize=21)
-    axis.legend(fontsize=18)
+    axis.legend(fontsize=19)
 
 
 def draw_matrix(axis, M, title):
@@ -179,11 +178,11 @@ def draw_matrix(axis, M, title):
     roots = len(M) // 9
     shown = axis.imshow(ntk.cosines(M).numpy(), vmin=-1, vmax=1, cmap="PuOr")
     middles = range(4, len(M), 9)
-    names = [f"root {k + 1}" for k in range(roots)]
-    axis.set_xticks(middles, names, rotation=60, fontsize=18)
-    axis.set_yticks(middles, names, fontsize=18)
+    names = [str(k + 1) for k in range(roots)]
+    axis.set_xticks(middles, names, fontsize=19)
+    axis.set_yticks(middles, names, fontsize=19)
     axis.set_title(title, fontsize=21)
-    axis.set_xlabel("in a root: macro, meso, micro; each at t = 0.2, 0.5, 0.8", fontsize=18)
+    axis.set_xlabel("root (in it: macro, meso, micro,\neach at t = 0.2, 0.5, 0.8)", fontsize=19)
     for edge in range(9, len(M), 9):
         axis.axhline(edge - 0.5, color="black", linewidth=0.6)
         axis.axvline(edge - 0.5, color="black", linewidth=0.6)

@@ -224,11 +224,12 @@ def stub(number):
 def main(arguments=None):
     """0 if all is right, 1 if not, 2 if there is nothing that can be judged."""
     parser = argparse.ArgumentParser(description="Without an argument: the list of exercises.")
-    parser.add_argument("exercise", nargs="?")
-    parser.add_argument("words", nargs="*")
+    parser.add_argument("exercise", nargs="?", help="its number")
+    parser.add_argument("words", nargs="*", help="a prediction, for an exercise that asks for one")
     parser.add_argument("--stub", action="store_true", help="begin an answer")
     parser.add_argument("--tests", action="store_true", help="list the tests, or words to choose")
-    parser.add_argument("--answers", metavar="FOLDER", default=ROOT / "runs/answers")
+    parser.add_argument("--answers", metavar="FOLDER", default=ROOT / "runs/answers",
+                        help="where your answers are (runs/answers)")
     parser.add_argument("--score", metavar="FILE", help="judge all answers, and write JSON")
     parser.add_argument("--proof", type=Path, help=argparse.SUPPRESS)      # of judge_apart
     asked = parser.parse_intermixed_args(arguments)

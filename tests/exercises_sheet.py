@@ -263,16 +263,16 @@ EXERCISES = (
         change=("return nn.GroupNorm(8, channels)", "return nn.BatchNorm2d(channels)")),
     Exercise(
         "Which pairs conflict?", 2, 15, "ntk",
-        "The study probes a few roots, each in three views at three noise levels. A pair of "
+        "The first study probes a few roots, each in three views at three noise levels. A pair of "
         "samples is named by all that the two share. Predict which kind of pair conflicts least "
         "(M_ij < 0), then which most, in the DiT's runs from its first base (a base is a "
         "pretrained network, from which runs start).",
         measure=conflict_by_kind),
     Exercise(
         "Does it help?", 1, 10, "sga",
-        "The study fine-tunes with SGA and with the baseline: equally many images, the same first "
-        "base (a pretrained network), the same seeds. Predict the final error |v - u*|^2/D of SGA "
-        "on the roots' captions beside the baseline's, first for the DiT, then for the U-Net: "
-        "lower (for every seed), higher (for every seed) or open.",
+        "The first study fine-tunes with SGA and with the baseline: equally many images, the same "
+        "first base (a pretrained network), the same seeds. Predict the final error |v - u*|^2/D "
+        "of SGA on the roots' captions beside the baseline's, first for the DiT, then for the "
+        "U-Net: lower (for every seed), higher (for every seed) or open.",
         measure=sga_or_baseline),
 )

@@ -269,7 +269,7 @@ class DiT(nn.Module):
         self.size = (channels, pixels, pixels)
         self.patch = patch
         self.width = width
-        values = channels * patch * patch         # of one patch
+        values = channels * patch * patch               # of one patch
         self.embed = nn.Linear(values, width)
         self.text = TextEncoder(vocabulary, width, heads)
         self.time = TimeEncoder(width)

@@ -117,12 +117,9 @@ def run_all(jobs):
     regimes.pretrain("dit", "all")
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context, regimes.one_thread) as pool:
-        def run(keys):
-            regimes.run_missing(keys, set(map(key_of, read_rows())), run_once, ROWS, pool)
-
-        run(choices_of_rates())
+        regimes.run_missing(choices_of_rates(), key_of, run_once, ROWS, pool)
         for seed in SEEDS:
-            run(runs_of(seed))
+            regimes.run_missing(runs_of(seed), key_of, run_once, ROWS, pool)
 
 
 # --- What the rows say ----------------------------------------------------------------------------
@@ -153,7 +150,7 @@ def mean_of(rows, rank, arm, measure):
 def effect(rows, rank, arm, measure):
     """By seed, in percent: how much larger a measure of the arm is than the baseline's."""
     pairs = zip(rows_of(rows, rank, arm), rows_of(rows, rank, "baseline"), strict=True)
-    return [100 * (measure(row) / measure(baseline) - 1) for row, baseline in pairs]
+    return regimes_report.changes_of_pairs(pairs, measure)
 
 
 def table(rows):

@@ -160,10 +160,9 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def run_missing(keys, done, work, file, pool):
-    """Does work(*key) for every key that is not done; each row is in the file as soon as it is
-    there.
-    """
+def run_missing(keys, key_of, work, file, pool):
+    """Does work(*key) for every key that has no row in the file, where each row then stands."""
+    done = {key_of(row) for row in study_statistics.read_rows(file)}
     missing = [key for key in keys if key not in done]
     started = {pool.submit(work, *key): key for key in missing}
     for count, job in enumerate(concurrent.futures.as_completed(started), 1):
@@ -207,12 +206,9 @@ def run_all(flags):
     with concurrent.futures.ThreadPoolExecutor(flags.jobs) as threads:
         list(threads.map(pretrain, *zip(*sorted(bases))))
     with concurrent.futures.ProcessPoolExecutor(flags.jobs, context, one_thread) as pool:
-        def run(keys):
-            run_missing(keys, set(map(key_of, read_rows())), run_once, ROWS, pool)
-
-        run(choices_of_rates(flags))
+        run_missing(choices_of_rates(flags), key_of, run_once, ROWS, pool)
         for seed in flags.seeds:
-            run(runs_of(seed, flags))
+            run_missing(runs_of(seed, flags), key_of, run_once, ROWS, pool)
 
 
 def main():

@@ -171,11 +171,11 @@ def quote_the_answer(quote, study):
 
 
 def quote_the_mechanism(quote, study):
-    quote("{} times as noisy as one of the baseline with the DiT, and a step of quiet tuples {} "
-          "times", study.noise("dit", "tuple_max"), study.noise("dit", "quiet"))
     def quieter(models, yardstick):
         return study.between(models, "quiet", "tuple_max", yardstick)
 
+    quote("{} times as noisy as one of the baseline with the DiT, and a step of quiet tuples {} "
+          "times", study.noise("dit", "tuple_max"), study.noise("dit", "quiet"))
     quote("Quiet tuples change the fit by {} with the DiT and by {} with the U-Net, generalisation "
           "by {} and {}, and joint accuracy by {} and {}",
           *(quieter([model], name) for name in ("fit", "generalisation", "joint, guidance 2")

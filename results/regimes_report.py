@@ -118,8 +118,12 @@ def pairs_of(table, arm):
 
 def changes(table, arm, measure):
     """By seed, in percent: how much larger a measure of the arm is than the baseline's."""
-    return [100 * (measure(row) / measure(baseline) - 1)
-            for row, baseline in pairs_of(table, arm)]
+    return changes_of_pairs(pairs_of(table, arm), measure)
+
+
+def changes_of_pairs(pairs, measure):
+    """The same for pairs (the arm's row, the baseline's row)."""
+    return [100 * (measure(row) / measure(baseline) - 1) for row, baseline in pairs]
 
 
 def effects(table, arm, yardstick):

@@ -239,7 +239,7 @@ def measured_offsets(run):
     s = run.settings
     inputs, u, labels = probe_batch(s, run.roots, min(6, s.roots))
     r = residuals_of(run.model, inputs, u)
-    M = ntk.fast_interaction_matrix(run.model, inputs, r)
+    M = interaction_matrix_of(run.model, inputs, r)
     granularity, t = labels[:, 1], inputs[1]
     return tuple(sga.measured_offsets(M, granularity, t).tolist())
 
@@ -261,7 +261,7 @@ def products_of_views(run, repeats=4):
     e = torch.randn(x0.shape, generator=generator, device=s.device)
     inputs = (fm.path(x0, e, t), t, tokens)
     r = residuals_of(run.model, inputs, fm.target(x0, e))
-    M = ntk.fast_interaction_matrix(run.model, inputs, r)          # (N, N)
+    M = interaction_matrix_of(run.model, inputs, r)                # (N, N)
     return M.view(V, repeats, V, repeats).mean((1, 3)).cpu()
 
 

@@ -54,8 +54,8 @@ def products_of_views(run, arm, repeats):
     """
     V = len(run.root)
     inputs, r, weight = samples_of(run, arm, repeats, 2)
-    M = ntk.fast_interaction_matrix(run.model, inputs, r)
-    M = weight[:, None] * M * weight                               # (N, N) N = V repeats
+    M = report.interaction_matrix_of(run.model, inputs, r)         # (N, N) N = V repeats
+    M = weight[:, None] * M * weight                               # (N, N)
     own = M.diagonal().view(V, repeats).mean(1)
     blocks = M.view(V, repeats, V, repeats)
     between = blocks.mean((1, 3))

@@ -23,6 +23,15 @@ STYLES = {
     "min_snr": ("#882255", "o")}
 
 
+# The arms by what they change: their names, a colour and a marker.
+FAMILIES = {
+    "the method, sga": (("sga",), "black", "o"),
+    "arms of tuples": (("stratified", "random", "tuple", "tuple_max"), "#d55e00", "^"),
+    "arms of noise levels": (("offsets", "flipped", "global"), "#0072b2", "v"),
+    "the arm min_snr": (("min_snr",), "#882255", "s"),
+    "the arm big": (("big",), "silver", "D")}
+
+
 def two_panels(title):
     """A figure with a panel for each network, and the panels by the network's name."""
     figure = Figure(figsize=(12, 7.8), layout="constrained")
@@ -122,20 +131,19 @@ def conflict_and_error(rows):
     figure, panels = two_panels("Less conflict does not go with a smaller error\n"
                                 "(both minus the baseline's)")
     for model, axis in panels.items():
-        runs, arms = select(rows, 0, model)
-        for arm in arms:
-            if arm in ("baseline", "whole"):
-                continue
-            less = [100 * gap for gap in paired(runs, arm, "baseline", conflict)]
-            worse = [100 * change for change in relative(runs, arm)]
-            colour, marker = STYLES[arm]
-            axis.plot(less, worse, marker, color=colour, markersize=9, label=arm)
+        runs, _ = select(rows, 0, model)
+        for family, (arms, colour, marker) in FAMILIES.items():
+            less, worse = [], []
+            for arm in arms:
+                less += [100 * gap for gap in paired(runs, arm, "baseline", conflict)]
+                worse += [100 * change for change in relative(runs, arm)]
+            axis.plot(less, worse, marker, color=colour, markersize=10, label=family)
         axis.axhline(0, color="grey")
         axis.axvline(0, color="grey")
         axis.set(xlabel="conflicting pairs (points)")
     panels["dit"].set_ylabel("final |v - u*|²/D (%)")
     handles, labels = panels["dit"].get_legend_handles_labels()
-    figure.legend(handles, labels, title="each seed of", loc="outside lower center", ncols=5)
+    figure.legend(handles, labels, title="one run each of", loc="outside lower center", ncols=3)
     return figure
 
 

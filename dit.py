@@ -76,9 +76,9 @@ def attend(q, k, v, heads):
 
     Raises ValueError for other shapes, and if heads does not divide C.
     """
-    one_size = q.dim() == 3 and (len(q), q.shape[2]) == (len(k), k.shape[-1])
-    divides = one_size and heads > 0 and q.shape[2] % heads == 0
-    if not divides or k.dim() != 3 or k.shape != v.shape:
+    fits = q.dim() == k.dim() == 3 and k.shape == v.shape
+    fits = fits and q.shape[::2] == k.shape[::2]        # N and C
+    if not fits or heads < 1 or q.shape[2] % heads:
         raise ValueError(f"attention with {heads} heads needs q (N, Q, C), k and v (N, K, C), not "
                          f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
 
@@ -87,7 +87,8 @@ def attend(q, k, v, heads):
         return z.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     q, k, v = in_heads(q), in_heads(k), in_heads(v)     # (N, heads, Q or K, C/heads) each
-    # A sum of C/heads products of size 1 has size sqrt(C/heads): divided by it, softmax is mild.
+    # C/heads random products, each of size 1 and of either sign, add up to about sqrt(C/heads).
+    # Divided by that, the softmax is mild.
     scores = q @ k.mT / math.sqrt(q.shape[-1])          # (N, heads, Q, K)
     mixed = scores.softmax(-1) @ v
     return mixed.transpose(1, 2).flatten(2)             # (N, Q, C)

@@ -181,9 +181,9 @@ def posterior(x, t, points, pi=None):
     left to infer.
 
     x is (N, ...). points are (S, ...), or (N, S, ...) with a population for each
-    x, which is (N, D) or more then. pi is (S,) or (N, S): how often each point
+    x (then x has two axes or more). pi is (S,) or (N, S): how often each point
     occurs, up to a factor. None means equally often.
-    Raises ValueError for other shapes, unless 0 < t <= 1, for an empty
+    Raises ValueError for other shapes, for a t that is not 0 < t <= 1, for an empty
     population, and for a pi that is negative, not finite or all zero.
 
     Example, in which the last point occurs twice as often:
@@ -204,10 +204,10 @@ def exact_velocity(x, t, points, pi=None):
     with different captions, such as the views of one root, never share one u*.
     (Under the null caption all images share one.)
 
-    Near t = 1 the weights w_k are nearly those of pi, whatever x is. So u* is nearly
-    (x - mean image) / t, and samples head for the mean image. (A v that ignored x,
-    minus the mean image, would lead to noise around it.) Structure appears once
-    the weights depend on x.
+    Near t = 1 the weights w_k are nearly those of pi, for every x that is likely
+    there. So u* is nearly (x - mean image) / t, and samples head for the mean image.
+    (A v that ignored x, minus the mean image, would lead to noise around it.)
+    Structure appears once the weights depend on x.
 
     Shapes and errors are those of posterior. One x alone is a batch of one, x[None].
 
@@ -263,8 +263,8 @@ def loss_floor(x0, e, t, points, pi=None):
     E|v - u|^2 = E|v - u*|^2 + E|u - u*|^2 for any v that is a function of
     (x_t, t, c) alone, if x0 is distributed as the population, e is independent of
     it, and t > 0. The expectation is over the whole population: on a finite batch
-    this holds only nearly. A network fine-tuned on one image per caption has its
-    own, lower floor: that of these images.
+    this holds only nearly. Where every caption has one image the floor is 0, since
+    then x_t, t and the caption leave a single path.
 
     Many pairs (x0, e) share one x_t, and v can learn no more than their mean
     velocity u*.
@@ -368,7 +368,8 @@ def _require_shape(name, tensor, shape):
 def _require_samples(x):
     """A sample has a number or more, but there may be no sample at all.
 
-    In half precision a t near 1 would be known to 1/256 only, and small steps be lost.
+    In bfloat16 a t near 1 would be known to 1/256 only (in float16 to 1/2048), and
+    small steps would be lost.
     """
     is_float = isinstance(x, torch.Tensor) and x.dtype in (torch.float32, torch.float64)
     if not is_float or x.dim() == 0 or 0 in x.shape[1:]:
@@ -514,7 +515,7 @@ def measure_samples():
         positions.append(x)
     ways = torch.cat(positions, 1)                      # (11, 201)
 
-    # Halfway, beside 2,000 steps. (At t = 0 any number of steps ends on the data.)
+    # Halfway, beside 2,000 steps. (At t = 0 each of these ends on the data.)
     start = ways[:, :1]                                 # (11, 1)
     halfway = euler(velocity, start, torch.linspace(1, 0.5, 2001))  # (11, 1)
     errors = []

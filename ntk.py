@@ -8,9 +8,9 @@ A network with P parameters theta answers sample i with D numbers v_i. Its resid
     M_ij = r_i^T K_ij r_j = <g_i, g_j>    (1)      the interaction matrix M is N x N (Eq. 12)
 
 The clear route follows these definitions, for any function f(params, *one_input) of one sample.
-The fast route takes a module and goes through it layer by layer. It forms no Jacobian, and it
-checks its own result by one backward pass, with random weights. `of_module` makes f and params
-of a module. By hand it takes three lines:
+The fast route takes a module and goes through it layer by layer. For M it forms no Jacobian, for
+K only parts of it, a few layers at a time. It checks its own result by a backward pass with random
+weights. `of_module` makes f and params of a module. By hand it takes three lines:
 
     params = {name: p.detach() for name, p in model.named_parameters()}
     def f(params, x):
@@ -337,9 +337,9 @@ def frozen_residuals(K, r, tau):
 
     It is exact for plain gradient descent in infinitely small steps, if the kernel stands still. K
     is applied through its eigenvalues. Those that are negative by rounding count as 0, so that no
-    residual grows. An eigenvalue below the precision times the largest one is not known, and
-    neither is what its direction does once tau is above N / that eigenvalue. r may also have the
-    outputs' shape (N, ...).
+    residual grows. Rounding changes every eigenvalue by about eps times the largest one, where eps
+    is the precision of K. So what becomes of the slowest directions is not known once tau nears
+    N / (eps times the largest eigenvalue). r may also have the outputs' shape (N, ...).
 
     Example:
         f, params = ntk.of_module(torch.nn.Linear(4, 2))
@@ -366,16 +366,19 @@ def sign_agreement(M, residuals):
 
     A kernel need not keep the sign of an inner product. The first number is the share of pairs
     i < j in which it does. The second is what this share would be if the two signs had nothing to
-    do with each other, and each were as often positive as it is.
+    do with each other, and each occurred as often as it does.
     """
     N = _require_square(M)
     r = residuals.flatten(1)                                       # (N, D)
     _require_shape("residuals", r, (N, r.shape[1]))
     i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
-    of_outputs, of_gradients = (r @ r.T)[i, j], M[i, j]            # (pairs,), (pairs,)
-    agreement = (of_outputs.sign() == of_gradients.sign()).to(M).mean()
-    p, q = (of_outputs > 0).to(M).mean(), (of_gradients > 0).to(M).mean()
-    return agreement, p * q + (1 - p) * (1 - q)
+    of_outputs, of_gradients = (r @ r.T)[i, j].sign(), M[i, j].sign()  # (pairs,), (pairs,)
+    agreement = (of_outputs == of_gradients).to(M).mean()
+    by_chance = torch.zeros_like(agreement)
+    for sign in (-1, 0, 1):
+        p, q = (of_outputs == sign).to(M).mean(), (of_gradients == sign).to(M).mean()
+        by_chance += p * q
+    return agreement, by_chance
 
 
 def step_noise(M, a):
@@ -400,8 +403,10 @@ def step_noise(M, a):
 # (its a_p is one-hot). A bias is a column of W whose input is always 1. The gradient of a sample is
 # then sum_p b_p a_p^T, and one_linear_layer's identity becomes
 #     <g_i, g_j> = sum_pq <a_ip, a_jq> <b_ip, b_jq>.
-# (Novak et al. 2022 call this structured derivatives.) M is the sum of its layers' shares.
-# All other parameters go by the clear route, and if it cannot run the model, by N backward passes.
+# (Novak et al. 2022 call this structured derivatives.) It is used where it takes fewer products
+# than the gradients themselves. The norms have few weights, so their gradients are always formed.
+# M is the sum of its layers' shares. All other parameters go by the clear route, and if that cannot
+# run the model, by N backward passes.
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -444,10 +449,10 @@ def fast_interaction_matrix(model, inputs, residuals, columns=None, check=True):
 
     M is over the parameters that require a gradient. With columns = (inputs, residuals) of a second
     batch of N2 samples it is (N, N2): its rows are evaluated, its columns are trained on (Eq. 22).
-    It is checked by one backward pass, unless check is False. The last sample is also answered
-    alone, to see whether the samples depend on each other; a dependence of other samples alone is
-    not seen. Raises ValueError where M is found wrong, with the layer and, where that can be told,
-    the cause.
+    It is checked by one backward pass of each batch, unless check is False. The last sample is also
+    answered alone, to see whether the samples depend on each other; a dependence of other samples
+    alone is not seen. Raises ValueError where M is found wrong, with the layer and, where that can
+    be told, the cause.
 
     Example, with inputs x, residuals r and a second batch:
         model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
@@ -665,7 +670,8 @@ def _padded(convolution, a):
     if convolution.padding_mode != "zeros":
         return F.pad(a, margin, convolution.padding_mode)
     if not isinstance(convolution.padding, str):
-        # Of each axis both ends, and the last axis first.
+        # A later change of `padding` counts here, and torch's own margin does not know of it.
+        # F.pad wants both ends of each axis, the last axis first.
         margin = torch.tensor(convolution.padding).flip(0).repeat_interleave(2).tolist()
     return F.pad(a, margin)
 
@@ -873,29 +879,27 @@ def _forward(model, inputs, vectors=None):
     N = _count(inputs)
     _require_separate_samples(model)
     dtype = _one_precision(model)
+    plain = _plain_layers(model)
     calls = {}
     handles = []
 
-    def listener(name, module, trained):
-        def listen(_, args, named, z):
-            if not z.requires_grad or z.is_nested:
-                return
-            if z.dtype != dtype:
-                raise ValueError(f"{name} answers in {z.dtype}, and its parameters are {dtype}: "
-                                 "M needs one precision, without autocast")
-            given = [*args, *named.values()][0]
-            # This place in the graph stays z's own, even if z is overwritten later.
-            seen = Seen(module, trained, given.detach(), given._version, z.shape,
-                        get_gradient_edge(z))
-            calls.setdefault(name, []).append(seen)
-
-        return listen
+    def listen(module, args, named, z):
+        if not z.requires_grad or z.is_nested:
+            return
+        name, trained = plain[module]
+        if z.dtype != dtype:
+            raise ValueError(f"{name} answers in {z.dtype}, and its parameters are {dtype}: "
+                             "M needs one precision, without autocast")
+        given = [*args, *named.values()][0]
+        # This place in the graph stays z's own, even if z is overwritten later.
+        seen = Seen(module, trained, given.detach(), given._version, z.shape,
+                    get_gradient_edge(z))
+        calls.setdefault(name, []).append(seen)
 
     try:
-        for name, (module, trained) in _plain_layers(model).items():
+        for module in plain:
             # First of all hooks, so that it sees what the layer itself gives.
-            handle = module.register_forward_hook(listener(name, module, trained),
-                                                  prepend=True, with_kwargs=True)
+            handle = module.register_forward_hook(listen, prepend=True, with_kwargs=True)
             handles.append(handle)
         v = _run(model, inputs)
     finally:
@@ -919,7 +923,7 @@ def _run(model, inputs):
 
 
 def _plain_layers(model):
-    """{name: (layer, its trained parameters)} of LAYERS that do what their type says."""
+    """{layer: (its name, its trained parameters)} of LAYERS that do what their type says."""
     owners = {}
     for module in model.modules():
         for p in module.parameters(recurse=False):
@@ -937,7 +941,7 @@ def _plain_layers(model):
         trained = {which: p for which, p in own.items() if p.requires_grad}
         shared = any(owners[p] > 1 for p in trained.values())
         if trained and not shared and own.keys() <= {"weight", "bias"}:
-            layers[name or "the model"] = (module, trained)
+            layers[module] = (name or "the model", trained)
     return layers
 
 
@@ -1442,7 +1446,7 @@ def measure_frozen(model, inputs, u, moments):
     r0 = (model(*inputs) - u).detach().flatten(1)                  # (3, 192)
     K = fast_ntk_blocks(model, inputs)                             # (3, 3, 192, 192)
     values = torch.linalg.eigvalsh(K.transpose(1, 2).reshape(576, 576))
-    # A quarter of what the steepest direction would bear, so that descent is nearly a flow.
+    # A quarter of the step that would end the steepest direction at once: nearly a flow.
     eta = 0.25 * len(u) / values[-1].item()
     found = []
     for step in range(moments[-1] + 1):

@@ -7,11 +7,12 @@ weights. Here each of these interventions is a function of its own, and
 one_sga_step is the whole method.
 
 What can it change? A weight a_i in the loss multiplies the gradient of sample i.
-The weighted loss of a step then falls at sum_ij a_i a_j M_ij, where M is the
-interaction matrix of ntk.py. A sample's own loss falls at sum_j a_j M_ij, and the
-plain mean that an evaluation sees at the mean of these: one factor a, not two
-(Eq. 21). SGA therefore acts in three ways only: which views meet in a step
-(tuples), at which noise levels (offsets), and with which weights.
+Gradient flow on sum_i a_i |r_i|^2 / 2 lowers it at sum_ij a_i a_j M_ij, where M is
+the interaction matrix of ntk.py. It lowers a sample's own |r_i|^2 / 2 at
+sum_j a_j M_ij, and the plain mean that an evaluation sees at the mean of these: one
+factor a, not two (Eq. 21). The training's loss has |r_i|^2 / D, so that all of its
+rates are these times (2/D)^2. On given views SGA acts in three ways: which views
+meet in a step (tuples), at which noise levels (offsets), and with which weights.
 
 t = 0 is data, t = 1 is noise. A granularity is an index into GRANULARITIES. There
 are V views in all, and n of them in a step. Run `python sga.py` for numbers. The
@@ -161,8 +162,8 @@ def all_views(sizes, smallest=0.0):
 def root_tuples(root, generator):
     """[(K_g,)] the tuples of one epoch: all views of a root, the roots in random order (Eq. 18).
 
-    root (V,) gives each view the number of its root. No tuple is ever broken, and
-    every epoch has tuples of its own. root and the generator are on the CPU.
+    root (V,) gives each view the number of its root. No tuple is ever broken: every
+    epoch has the same tuples in a new order. root and the generator are on the CPU.
     Raises ValueError if there is no view, and for roots that are no whole numbers.
 
     Example, in which a DataLoader's batches are the root tuples of one epoch:
@@ -233,9 +234,10 @@ def in_conflict(tuples, products):
         M = products[view][:, view]                     # (n, n)
         # What a place's view has in common with each tuple, itself left out.
         common = M @ member - M.diagonal()[:, None] * member  # (n, T)
-        at_home = common[:, tuple_of]                   # (n, n) place i with the tuple of j
-        now = (common * member).sum(1)                  # (n,)
-        change = at_home + at_home.T - 2 * M - now[:, None] - now  # (n, n)
+        own = (common * member).sum(1)                  # (n,) with its own tuple
+        other = common[:, tuple_of]                     # (n, n) place i with the tuple of j
+        # If i and j trade, i meets the tuple of j without j, and j that of i without i.
+        change = other + other.T - 2 * M - own[:, None] - own  # (n, n)
         change[tuple_of[:, None] == tuple_of] = 0.0
         best = change.argmin()
         if not change.flatten()[best] < -least:

@@ -39,15 +39,16 @@ BACKGROUNDS = {
 }
 
 # Where an object may stand, as x and y. A single object takes one of the nine places of the grid.
-# In a pair, the relation says where the first object is, and the second stands opposite.
+# In a pair, the relation says where the first object is, and the second stands opposite, so far
+# away that no close-up of the first shows any of it.
 ROWS = {"top": 0.3, "middle": 0.5, "bottom": 0.7}
 COLUMNS = {"left": 0.3, "centre": 0.5, "right": 0.7}
 GRID = {f"{row} {column}": (COLUMNS[column], ROWS[row]) for row in ROWS for column in COLUMNS}
 RELATIONS = {
-    "left of": (0.25, 0.5),
-    "right of": (0.75, 0.5),
-    "above": (0.5, 0.25),
-    "below": (0.5, 0.75),
+    "left of": (0.22, 0.5),
+    "right of": (0.78, 0.5),
+    "above": (0.5, 0.22),
+    "below": (0.5, 0.78),
 }
 PLACES = GRID | RELATIONS
 # For 1 and for 2 objects: which PLACES are taken together. Place 9 is "left of", 10 "right of".
@@ -62,7 +63,8 @@ JITTERS, RADII = (-0.03, 0.0, 0.03), (0.22, 0.26)
 NUISANCES = torch.tensor(list(itertools.product(JITTERS, JITTERS, RADII)))
 
 # Half the side of what a macro, meso and micro view shows. A meso view leaves a rim around the
-# object. A micro view is so small that every shape covers it, whatever the nuisance.
+# object, and cuts only the tip of a large triangle that is shifted up. A micro view is so small
+# that every shape covers it, whatever the nuisance.
 HALF_SIDE = torch.tensor([0.5, 0.34, 0.07])
 # Two objects are smaller than one, and so are their jitter and their close-ups: they never touch.
 PAIR_SCALE = 0.75
@@ -77,10 +79,7 @@ CAPTION_LENGTH = 12                                     # the longest caption ha
 
 
 class Scenes(NamedTuple):
-    """n scenes of k objects. The meso and micro views of a scene show its first object.
-
-    In a scene of two objects the tip of the second may show at the edge of a meso view.
-    """
+    """n scenes of k objects. The meso and micro views of a scene show its first object."""
 
     objects: torch.Tensor     # (n, k, 4)  indices into SHAPES, COLOURS, TEXTURES, PLACES
     background: torch.Tensor  # (n,)       index into BACKGROUNDS
@@ -116,7 +115,7 @@ def _refuse(values, allowed, rule):
 def check_scenes(scenes):
     """Raises ValueError unless the three fields have the shapes and values that Scenes promises.
 
-    The nuisance may be any, and coverage checks that its radius is one.
+    The nuisance may be any; `coverage` checks that the radius in it is above 0.
     """
     fields = [getattr(scenes, name, None) for name in Scenes._fields]
     if not all(isinstance(field, torch.Tensor) for field in fields):
@@ -367,7 +366,8 @@ def match(words, form):
         if fitting:
             words = words[len(fitting[0]):]
         else:
-            first = first if missing else words
+            if not missing:
+                first = words
             missing.append(kind)
     return missing, words, first
 
@@ -448,9 +448,10 @@ def cross(x, y):
 # radii from the object's centre, and so is `pixel`, the side of a pixel.
 
 def soft(distance, pixel):
-    """How much of a pixel lies inside an outline, from 0 to 1, from its signed distance.
+    """About how much of a pixel lies inside an outline, from 0 to 1, from its signed distance.
 
-    An outline through a pixel's middle covers half of it; this is what makes edges smooth.
+    It is exact where the outline is straight, and upright or lying. An outline through a pixel's
+    middle covers half of it; this is what makes edges smooth.
     """
     return (0.5 + distance / pixel).clamp(0, 1)
 

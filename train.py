@@ -7,8 +7,8 @@
     python train.py sample --checkpoint runs/dit-0/checkpoint.pt \\
         "macro red striped circle top left on grey"
 
-The method is draw_batch, learning_rate and Run.train_step. support/ holds what else a program
-needs: report.py judges a run, book.py keeps its files, machine.py knows GPUs and processes.
+The method is draw_batch, learning_rate and Run's train_step and back_propagate. support/ holds the
+rest: report.py judges a run, book.py keeps its files, machine.py knows GPUs and processes.
 """
 
 import copy
@@ -32,7 +32,7 @@ from support import adapters, book, machine, pictures, report
 from support.book import option, stop
 from unet import UNet
 
-FORMAT = "quadratic geometry of flow matching 5"
+FORMAT = "quadratic geometry of flow matching 6"
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -70,11 +70,11 @@ class Settings:
     batch: int = option(32, "images in a step of the pretraining", 1)
     tuples: int = option(8, "tuples in a step of the fine-tuning, of up to three views each", 1)
     chunk: int = option(0, "most views in one backward pass, to save memory; 0: all of a step", 0)
-    lr: float = option(4e-3, "peak learning rate of the pretraining", 0.0, 1.0)
-    finetune_lr: float = option(3e-3, "peak learning rate of the fine-tuning", 0.0, 1.0)
+    lr: float = option(4e-3, "the pretraining's learning rate, but for warm-up and decay", 0.0, 1.0)
+    finetune_lr: float = option(3e-3, "the same of the fine-tuning", 0.0, 1.0)
     rank: int = option(0, "of the adapters that the fine-tuning trains in place of all weights; "
                        "0: all weights", 0, 4096)
-    warmup: int = option(200, "steps in which the learning rate rises", 1)
+    warmup: int = option(200, "steps in which a rising rate would reach the whole of it", 1)
     weight_decay: float = option(0.0, "of AdamW", 0.0, 1.0)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12)
     ema: float = option(0.999, "decay of the averaged weights, which are evaluated", 0.0, 0.99999)
@@ -97,7 +97,7 @@ class Settings:
             stop(f"--probe must be at most --roots, {self.roots}, not {self.probe}")
 
 
-# A step of either phase has 192 = 3 * 64 views, so that nothing is compiled for a second size.
+# A step of either phase has 192 = 3 * 64 views, so that --compile 1 compiles for one size.
 GPU = {"device": "cuda", "precision": "bfloat16", "graph": 1, "pixels": 32, "objects": 2,
        "width": 192, "depth": 4, "patch": 4, "batch": 192, "tuples": 64, "lr": 2e-3,
        "finetune_lr": 2e-3, "pretrain_steps": 10000, "finetune_steps": 600, "every": 5000}
@@ -176,7 +176,7 @@ def draw_batch(run, step, planned=None):
 
 
 def learning_rate(run, step):
-    """Of step 1, 2, ...: in each phase up over the warm-up, then on a line towards 0."""
+    """Of step 1, 2, ...: in each phase the lower of a line up, the warm-up, and one down to 0."""
     s = run.settings
     phase, number = phase_of(s, step)
     if phase == "pretrain":
@@ -255,7 +255,7 @@ class Run:
             group["lr"] = learning_rate(self, self.step)
         self.optimizer.step()
 
-        # The mean forgets a phase's first weights soon.
+        # The averaged weights forget a phase's first ones soon; the loss is a mean of ~50 steps.
         _, number = phase_of(s, self.step)
         machine.average(self.ema, self.model, decay=min(s.ema, number / (number + 10)))
         self.loss = torch.where(self.loss.isnan(), loss, 0.98 * self.loss + 0.02 * loss)
@@ -274,13 +274,13 @@ class Run:
         def losses(x0, e, t, tokens):
             return fm.loss(self.velocity, x0, e, t, tokens)        # (n,)
 
-        def quiet():
+        def no_exchange():
             return machine.without_exchange(self.network)
 
         self.optimizer.zero_grad()
         sub_batches = machine.in_chunks(x0, e, t, tokens, a, s.chunk or len(a))
         with machine.tensor_cores():
-            loss = sga.deferred_backward(losses, sub_batches, quiet)
+            loss = sga.deferred_backward(losses, sub_batches, no_exchange)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
         return t, a, loss, norm
 

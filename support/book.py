@@ -260,8 +260,10 @@ def load(file, Settings, form):
 
 
 def agreed(s, asked, folder):
-    """The settings s of a run to be resumed, with what changes a result by rounding at most as it
-    is asked for. Stops if anything else that was asked for by name is not what the run has.
+    """The settings of a run to be resumed: s, those that it had, but for compile, graph and chunk.
+
+    These three change a result by rounding at most, so they are taken as asked for. Stops if
+    anything else that was asked for by name is not what the run has.
     """
     free = {name: asked[name] for name in ("compile", "graph", "chunk") if name in asked}
     s = dataclasses.replace(s, **free)

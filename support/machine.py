@@ -20,8 +20,9 @@ import torch.distributed as dist
 def seeded(s, stream):
     """A generator for one use, its `stream` (0 to 9), so that no use disturbs another.
 
-    Stream 0 trains, 1 picks roots, 2 and 3 validate, 4 and 5 evaluate, 6 to 9 draw. (sga.plan
-    begins from the same numbers as the streams 1 and 2 of a CPU.)
+    Stream 0 trains, and draws in `train.py sample`. 1 picks roots, 2 and 3 validate, 3 also makes
+    the noise of the probe, 4 and 5 evaluate, 6 to 9 draw. (sga.plan begins from the same numbers
+    as the streams 1 and 2 of a CPU.)
     """
     return torch.Generator(s.device).manual_seed(10 * s.seed + stream)
 

@@ -45,7 +45,7 @@ test_scenes.__test__ = False                   # its name looks like a test's to
 
 
 def validation_set(s, roots, domain, split, view):
-    """x0, e, t, tokens and the exact velocity u* at evenly spread t = 1/2n, 3/2n, ..., 1 - 1/2n."""
+    """x0, e, t, tokens and the exact velocity u* at evenly spread t = 1/(2n), 3/(2n), ..."""
     scenes = test_scenes(s, roots, domain, split, 2)
     n = s.eval_images
     x0, tokens = toy_data.views(scenes, view, s.pixels)
@@ -101,11 +101,12 @@ def in_one_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def not_taught(words, s, step):
-    """What a caption of the grammar asks for that the last phase had not; "" if nothing.
+def not_taught(caption, s, step):
+    """A sentence: what a caption of the grammar asks for that the last phase had not; else "".
 
     A fine-tuned network forgets what it was pretrained on.
     """
+    words, whose = caption.split(), f"the caption {caption!r}"
     phase, domain, views = "pretraining", "base", pretraining_views(s)
     if step > s.pretrain_steps:
         phase, domain = "fine-tuning", "target"
@@ -116,23 +117,22 @@ def not_taught(words, s, step):
     new -= {names[background] for background in backgrounds}
     objects = 2 if {"of", "above", "below"}.intersection(words) else 1
     if words[0] == "macro" and objects != s.objects:
-        return f"names objects: {objects}, and the scenes of the {phase} had {s.objects} each"
+        return f"{whose} names objects: {objects}, and the scenes of the {phase} had {s.objects}"
     if words[0] not in views:
-        return f"is {words[0]}, and no view of the {phase} was"
+        return f"{whose} is {words[0]}, and no view of the {phase} was"
     unknown = [word for word in words if word in new]
-    return f"has the word {unknown[0]!r}, and no image of the {phase} had it" if unknown else ""
+    if unknown:
+        return f"{whose} has the word {unknown[0]!r}, and no image of the {phase} had it"
+    return ""
 
 
 def say_what_was_never_trained(captions, s, step=math.inf):
     """One sentence for each request that the network can answer with a guess only."""
     for caption in captions:
-        wrong, lacking = toy_data.grammar_error(caption), ""
-        if not caption.split():                # the null caption, which guidance needs too
+        if caption.split():
+            wrong = toy_data.grammar_error(caption) or not_taught(caption, s, step)
+        else:                                  # the null caption, which guidance needs too
             wrong = "" if s.caption_dropout else "the null caption was never trained"
-        elif not wrong:
-            lacking = not_taught(caption.split(), s, step)
-        if lacking:
-            wrong = f"the caption {caption!r} {lacking}"
         if wrong:
             print(f"train.py: {wrong}; it is drawn all the same")
     if s.guidance != 1 and s.caption_dropout == 0:
@@ -174,7 +174,7 @@ def evaluate(model, s, roots, domain, split, view):
     return row
 
 
-# --- The probe: the geometry while it evolves (Eq. 12-17) -----------------------------------------
+# --- The probe: the geometry while it evolves (Eq. 12, 13, 16, 17) --------------------------------
 
 def probe_batch(s, roots, number):
     """Inputs and target of the first roots' views at three noise levels, and each sample's labels.
@@ -341,8 +341,10 @@ class Recorder:
         self.clock, self.images = time.time(), images_until(run, run.step)
 
     def pass_over(self, run, phase):
-        """After a step that has no row. The first one of each phase may compile, which takes its
-        time: that counts, but it is no speed. An early line of progress comes soon after it.
+        """After a step that has no row.
+
+        The first step of a phase may take long, because it compiles. Its time counts in
+        run.seconds, but not in the speed. EARLY steps later a line says how far the run is.
         """
         if phase != self.phase:
             self.phase, self.first_step = phase, run.step
@@ -481,8 +483,9 @@ def sample_columns(pretrained, finetuned, s):
         scenes = toy_data.sample_scenes(5, machine.seeded(s, stream), domain, split, s.objects)
         granularity = torch.tensor([VIEWS.index(view) for view in views], device=s.device)
         truth, tokens = toy_data.views(scenes, granularity, s.pixels)
-        other_nuisance = scenes._replace(nuisance=scenes.nuisance.flip(0))
-        others, _ = toy_data.views(other_nuisance, granularity, s.pixels)
+        # The jitter to the other side, and the other radius: always another image.
+        mirrored = (toy_data.NUISANCES[0] + toy_data.NUISANCES[-1]).to(s.device) - scenes.nuisance
+        others, _ = toy_data.views(scenes._replace(nuisance=mirrored), granularity, s.pixels)
         made = sample_images(model, tokens.repeat_interleave(3, 0), s, machine.seeded(s, 6))
         made = made.unflatten(0, (5, 3))
         captions = toy_data.captions(scenes, views)

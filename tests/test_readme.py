@@ -349,7 +349,7 @@ def test_every_figure_exists_and_names_a_command_that_a_test_runs(page, figure):
         caption = PAGES[page].split("## How it was measured")[1].split("\n## ")[0]
         assert f"`{figure}`" in caption
     if "/figures/" in figure:
-        caption = "`python results/figures.py` draws all pictures of this kind"
+        caption = "`python results/figures.py` draws all such pictures"
         assert caption in README
     commands = re.findall(r"python (\S+\.py)", caption)
     assert commands

@@ -384,9 +384,7 @@ def test_the_reader_undoes_the_renderer_for_two_objects(domain):
     for granularity in toy.GRANULARITIES:
         found = toy.accuracies(view(scenes, granularity), scenes, granularity)
         assert found["joint"].all()
-        # A meso view may show the tip of the other object, which the reader does not know of.
-        if granularity != "meso":
-            assert found["residual"].max() < rounding(granularity)
+        assert found["residual"].max() < rounding(granularity)
     swapped = scenes._replace(objects=scenes.objects.roll(1, 0))  # twin
     assert not toy.accuracies(view(scenes, "macro"), swapped)["joint"].all()
 

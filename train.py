@@ -65,7 +65,7 @@ class Settings:
                       choices=tuple(sga.ARMS))
     pretrain_views: str = option("all", "of the pretraining: whole scenes alone (macro), or all "
                                  "granularities, half of them macro", choices=("macro", "all"))
-    pretrain_steps: int = option(5000, "optimizer steps on the base domain", 1)
+    pretrain_steps: int = option(6500, "optimizer steps on the base domain", 1)
     finetune_steps: int = option(2800, "on views of the target domain (arm big: a third)", 0)
     batch: int = option(32, "images in a step of the pretraining", 1)
     tuples: int = option(8, "tuples in a step of the fine-tuning, of up to three views each", 1)
@@ -103,7 +103,7 @@ GPU = {"device": "cuda", "precision": "bfloat16", "graph": 1, "pixels": 32, "obj
        "finetune_lr": 2e-3, "pretrain_steps": 10000, "finetune_steps": 600, "every": 5000}
 TINY = {"width": 24, "patch": 4, "depth": 1, "roots": 4, "batch": 4, "tuples": 2, "every": 2,
         "pretrain_steps": 8, "finetune_steps": 4, "warmup": 2, "sample_steps": 2, "eval_images": 8}
-UNET = {"width": 96, "pretrain_steps": 4500, "finetune_steps": 1200, "lr": 2e-3,
+UNET = {"width": 96, "pretrain_steps": 8000, "finetune_steps": 2200, "lr": 2e-3,
         "finetune_lr": 2e-3, "guidance": 2.0}
 PRESETS = {("cpu", "dit"): {}, ("cpu", "unet"): UNET, ("gpu", "dit"): GPU, ("gpu", "unet"): GPU,
            ("tiny", "dit"): TINY, ("tiny", "unet"): TINY}

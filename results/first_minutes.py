@@ -4,7 +4,8 @@
     python results/first_minutes.py other.png    draws this file
 
 The images are close-ups of one object on white. What is printed comes in the order of the
-derivation, each sentence with its equation. The functions with measure_ compute, and main prints.
+derivation, each sentence with its equation. The functions with measure_ compute (one says how the
+loss falls), and main says what they found.
 """
 
 import itertools
@@ -224,7 +225,7 @@ def main(file="first_minutes.png", steps=STEPS, samples=100, noises=32):
     print(f"\nOne real step on all four, of eta = {eta:.1e}: M says that L changes by"
           f" {ntk.predicted_change(M, eta):+.4f}\n(Eq. 15), and {changes.mean():+.4f} is measured."
           f" On the training loss, 2/D times L with D = {D},\nthis is the learning rate"
-          f" {eta * D / 2:.1e} (tau = 2 eta/D).")
+          f" {eta * D / 2:.1e} (eta = 2 lr/D).")
 
     eta, changes = measure_step(model, batch, everyone[:1], M[0, 0])
     print(f"\nOne step on the {FOUR[0]} alone changes the others, too (Eq. 22):")

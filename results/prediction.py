@@ -1,14 +1,13 @@
 """What the interaction matrix of the base says about a way to fine-tune, before it is tried.
 
-A step is ghat = sum_i a_i g_i over the samples that it draws. Two numbers of it follow from inner
-products of gradients alone:
+A step is ghat = sum_i a_i g_i over the samples that it draws. Inner products of gradients give
 
-- E|ghat|^2, its expected square (Eq. 23), and |E ghat|^2, what is left of it without noise;
-- <G_view, E ghat>, how fast a small step lowers the plain loss of each granularity (Eq. 22 with
-  one factor a, Eq. 21). G_view is the gradient of that loss.
+- E|ghat|^2, its expected square, and |E ghat|^2, the square of its mean (Eq. 23);
+- for each granularity <G_view, E ghat>, the mean rate at which small steps lower its plain loss,
+  whose gradient is G_view (Eq. 22). Only the step has weights, hence one factor a (Eq. 21).
 
 An arm is compared with the baseline. Where an arm leaves the expected gradient as it is, only
-E|ghat|^2 can differ. All is for L = |r|^2 / 2 and plain gradient descent.
+E|ghat|^2 can differ. A sample's loss is |r|^2 / 2 here, and training is plain gradient descent.
 """
 
 import torch
@@ -46,12 +45,15 @@ def samples_of(run, arm, repeats, stream):
     return inputs, r, weight
 
 
-def products_of_views(run, arm, repeats):
+def own_and_between(run, arm, repeats):
     """own (V,) and between (V, V): the expected inner products of weighted gradients, from M.
 
     own is that of a sample with itself. between is that of two samples that are drawn apart, also
     where both are of the same view.
     """
+    if repeats < 2:
+        raise ValueError("a view must be drawn twice or more, to tell what two draws share, not "
+                         f"{repeats} times")
     V = len(run.root)
     inputs, r, weight = samples_of(run, arm, repeats, 2)
     M = report.interaction_matrix_of(run.model, inputs, r)         # (N, N) N = V repeats
@@ -87,7 +89,7 @@ def rates_by_view(run, arm, steps, repeats):
     a = torch.zeros(V, dtype=torch.float64)
     for views, weights in steps:
         a.index_add_(0, views.cpu(), weights.double().cpu() / len(steps))
-    # Evaluated is the baseline's law, with other noises.
+    # The plain loss is that of the baseline's noise levels. Its noises are others.
     rows = samples_of(run, sga.ARMS["baseline"], repeats, 4)
     M = ntk.fast_interaction_matrix(run.model, rows[0], rows[1], columns=(inputs, r))
     M = M * weight                                                 # (N, N) rows evaluated
@@ -101,7 +103,7 @@ def rates_by_view(run, arm, steps, repeats):
 
 def predict(run, repeats=4):
     """The numbers of a run at the start of its fine-tuning: of its arm, as a dictionary."""
-    own, between = products_of_views(run, run.arm, repeats)
+    own, between = own_and_between(run, run.arm, repeats)
     square, mean_square = expected_squares(run.plan, own, between)
     return {"square": square, "mean_square": mean_square,
             "rates": rates_by_view(run, run.arm, run.plan, repeats)}

@@ -3,11 +3,11 @@
     python results/ranks.py                     # it goes on where it was stopped; then it draws
     python results/ranks.py --draw              # the figure and the table alone, from the rows
 
-The paper speaks of a network's effective capacity. A low-rank adapter makes it a number: the fewer
-numbers are trained, the less can be learned, and the more the samples must share. The DiT of
-results/regimes.py is fine-tuned in the paper-like regime at several ranks, and with all weights,
-which counts as rank 0. For each rank the learning rate is chosen on the baseline alone, with a seed
-that is used for nothing else. A run is one line of ranks.jsonl.
+The paper speaks of a network's effective capacity, and the rank of an adapter makes it a number.
+One might expect that with fewer trained numbers less is learned, and that samples are more in
+conflict. Is it so? The DiT of results/regimes.py is fine-tuned in the paper-like regime at several
+ranks, and with all weights, which counts as rank 0. For each rank the learning rate is chosen on
+the baseline alone, with a seed that is used for nothing else. A run is one line of ranks.jsonl.
 """
 
 import argparse
@@ -37,7 +37,6 @@ RANKS = (1, 2, 4, 8, 16, 0)
 ARMS = ("baseline", "tuple_max", "sga")
 SEEDS = (1, 2, 3)
 CHOOSING_SEED = regimes.CHOOSING_SEED
-BETA = 0.99                                    # of AdamW's mean of squared gradients, in train.py
 
 
 # --- One run --------------------------------------------------------------------------------------
@@ -79,10 +78,11 @@ def in_adamws_metric(run):
 def adamws_scale(optimizer):
     """(P,) sqrt(v) + eps of every trained weight: AdamW divides its steps by it."""
     group = optimizer.param_groups[0]
+    _, beta = group["betas"]
     scales = []
     for weight in group["params"]:
         state = optimizer.state[weight]
-        v = state["exp_avg_sq"] / (1 - BETA ** state["step"].item())
+        v = state["exp_avg_sq"] / (1 - beta ** state["step"].item())
         scales.append((v.sqrt() + group["eps"]).flatten())
     return torch.cat(scales)
 

@@ -1,17 +1,17 @@
 """The second study: when does SGA help? Four regimes, both networks, several seeds.
 
-    python results/regimes.py                   # all of it, two runs at once; it goes on where it
-    python results/regimes.py --regimes paper   # was stopped. Fewer: --models, --arms, --seeds
+    python results/regimes.py                   # all of it, two runs at once
+    python results/regimes.py --regimes paper   # fewer: also --models, --arms, --seeds
+
+It goes on where it was stopped.
 
 A regime is a base, what is trained, and how many tuples a step has. `paper` is the corner that is
 most like the paper's: a base that knows close-ups, adapters of rank 4, one tuple in a step. Each of
-the other regimes changes one of the three. All runs of all regimes see the same number of tuples,
-and the arms of a seed the same images.
+the other regimes changes one of the three. All runs see 1,200 tuples, but for the arms whose name
+ends in "-short", which have two thirds of the steps. The arms of a seed see the same images.
 
 The learning rate of a regime is chosen on its baseline alone, with a seed that is used for nothing
-else. An arm whose name ends in "-short" has two thirds of the steps.
-
-A run is one line of regimes.jsonl. It begins with what M predicts before the arm is trained.
+else. A run is one line of regimes.jsonl. It also holds what M predicts before the arm is trained.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SIZE = {"pixels": 16, "width": 72, "depth": 4, "patch": 4, "time_mean": 0.0, "sa
 PRETRAINING = {"dit": {"pretrain_steps": 6000, "batch": 32, "lr": 2e-3},
                "unet": {"pretrain_steps": 4000, "batch": 32, "lr": 2e-3}}
 FINETUNING = {"roots": 48, "smallest_object": 0.24, "warmup": 50, "probe": 6}
-TUPLES = 1200                                  # of a run, in all its steps
+TUPLES = 1200                                  # of a run whose arm is not short
 
 REGIMES = {
     "paper": {"pretrain_views": "all", "rank": 4, "tuples": 1},
@@ -161,7 +161,7 @@ def one_thread():
 
 
 def run_missing(keys, key_of, work, file, pool):
-    """Does work(*key) for every key that has no row in the file, where each row then stands."""
+    """Runs work(*key) for every key without a row in the file, and appends each row to it."""
     done = {key_of(row) for row in study_statistics.read_rows(file)}
     missing = [key for key in keys if key not in done]
     started = {pool.submit(work, *key): key for key in missing}
@@ -204,7 +204,8 @@ def run_all(flags):
     bases = {(model, REGIMES[regime]["pretrain_views"])
              for regime in flags.regimes for model in flags.models}
     with concurrent.futures.ThreadPoolExecutor(flags.jobs) as threads:
-        list(threads.map(pretrain, *zip(*sorted(bases))))
+        for job in [threads.submit(pretrain, *base) for base in sorted(bases)]:
+            job.result()
     with concurrent.futures.ProcessPoolExecutor(flags.jobs, context, one_thread) as pool:
         run_missing(choices_of_rates(flags), key_of, run_once, ROWS, pool)
         for seed in flags.seeds:

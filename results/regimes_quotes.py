@@ -107,7 +107,6 @@ class Rows:
         rows = self.of("paper", model, arm)
         return f"{mean(row['probe'][checkpoint]['conflict'] for row in rows):.0%}"
 
-
     def conflict_change(self, model, arm):
         """The arm's share of conflicting pairs at the end minus the baseline's, in points."""
         pairs = regimes_report.pairs_of(self.table("paper", model), arm)
@@ -134,7 +133,7 @@ def sentences(rows, noises, of_ranks):
     quote_the_mechanism(quote, study)
     quote_the_ranks(quote, of_ranks)
     quote("Of {} predictions the median is wrong by {} and the worst by {}, and {} lie outside of "
-          "their bars", *errors_of_predictions(noises))
+          "their bars, all with {}", *errors_of_predictions(noises), schemes_outside(noises))
     quote("Of {} such squares the median is wrong by {}, and {} lie outside of two standard errors",
           *errors_of_squares(noises))
     quote("the baseline's own square is uncertain by {}", f"{largest_uncertainty(noises):.0%}")
@@ -236,6 +235,15 @@ def errors_of_predictions(noises):
     found = regimes_report.noises_over_the_baselines(noises)
     errors, outside = compare(one[2:] for one in found)
     return len(errors), f"{errors[len(errors) // 2]:.0%}", f"{errors[-1]:.0%}", outside
+
+
+def schemes_outside(noises):
+    """The arms of the noises that lie outside of their bars, as they are listed on the page."""
+    outside = set()
+    for _, scheme, predicted, measured, bar in regimes_report.noises_over_the_baselines(noises):
+        if abs(predicted - measured) > bar:
+            outside.add(scheme)
+    return ", ".join(f"`{scheme}`" for scheme in sorted(outside))
 
 
 def noise_of_root_tuples(noises):

@@ -2,7 +2,8 @@
 
     python results/regimes_report.py
 
-An effect is an arm minus the baseline of the same regime, network and seed. Its interval is the t
+An effect compares an arm with the baseline of the same regime, network and seed: for errors it is
+the change in percent of the baseline's, for shares the difference in points. Its interval is the t
 interval over the seeds; the bootstrap's, which is too narrow for few seeds, stands beside it.
 """
 
@@ -281,8 +282,9 @@ def rate_lines(rows, regime, model):
 def tables(rows):
     """The text of regimes_tables.md."""
     lines = ["# The second study: tables", "",
-             "Written by `python results/regimes_report.py` from `regimes.jsonl`. An effect is an "
-             "arm minus the baseline of the same seed, with its t interval.", ""]
+             "Written by `python results/regimes_report.py` from `regimes.jsonl`. An effect "
+             "compares an arm with the baseline of the same seed: errors in percent, shares in "
+             "points, each with its t interval.", ""]
     for model, name in NAMES.items():
         lines += [f"## Mechanisms, {name}", "", *mechanism_table(rows, model), ""]
     for regime in regimes.REGIMES:
@@ -292,7 +294,7 @@ def tables(rows):
             lines += [f"## {regime}, {name}", "", "Effects:", ""]
             lines += effect_table(rows, regime, model) + [""]
             lines += ["Predicted from M of the base: the noise E\\|ĝ\\|²/\\|E ĝ\\|² of a step, "
-                      "and the rates of equally long steps by granularity:", ""]
+                      "and the rates by granularity, for equally long mean steps E ĝ:", ""]
             lines += prediction_table(rows, regime, model) + [""]
             lines += ["The same effects by bootstrap, too narrow for few seeds:", ""]
             lines += bootstrap_table(rows, regime, model) + [""]
@@ -377,28 +379,37 @@ def paint_labels(axis, lines):
 
 
 def noises_over_the_baselines(rows):
-    """[(case, scheme, predicted, measured, two standard errors)]: noise of a step, as a multiple of
-    the baseline's.
+    """[(case, scheme, predicted, measured, two standard errors)]: noise over the baseline's.
 
-    A case is a network and a regime. The noise is E|ghat|^2 / |E ghat|^2. Training steps measure
-    its numerator alone, so that its denominator is M's in both.
+    A case is a network and a regime. The noise of a step is E|ghat|^2 / |E ghat|^2. Training steps
+    measure its numerator alone, so that its denominator is M's in both. The errors of the two
+    squares are added as if they were independent: too long a bar for the arms that see the
+    baseline's own samples.
     """
-    baselines, found = {}, []
+    baselines = {}
     for row in rows:
         if row["scheme"] == "baseline":
             baselines[row["model"], row["regime"], row["step"]] = row
+    found = []
     for row in rows:
         if row["scheme"] != "baseline":
             base = baselines[row["model"], row["regime"], row["step"]]
-            shorter = base["mean_square"] / row["mean_square"]
-            measured = shorter * row["measured"] / base["measured"]
-            relative = row["standard_error"] / row["measured"]
-            base_relative = base["standard_error"] / base["measured"]
-            error = 2 * measured * math.hypot(relative, base_relative)
-            predicted = shorter * row["predicted"] / base["predicted"]
+            predicted = noise_by(row, "predicted") / noise_by(base, "predicted")
+            measured = noise_by(row, "measured") / noise_by(base, "measured")
+            error = 2 * measured * math.hypot(relative_error(row), relative_error(base))
             case = row["model"], row["regime"]
             found.append((case, row["scheme"], predicted, measured, error))
     return found
+
+
+def noise_by(row, square):
+    """The noise of a step, from its "predicted" or its "measured" square."""
+    return row[square] / row["mean_square"]
+
+
+def relative_error(row):
+    """The standard error of the measured square, as a share of it."""
+    return row["standard_error"] / row["measured"]
 
 
 def draw_step_noise(rows, file):
@@ -411,7 +422,7 @@ def draw_step_noise(rows, file):
     found = noises_over_the_baselines(rows)
     for axis, (model, regime) in zip(axes, step_noise.CASES):
         for case, scheme, x, y, error in found:
-            # What is known to half of itself only is drawn thin and hollow.
+            # A point whose bar is as long as half of its value is thin and hollow.
             known = error < 0.5 * y
             if case == (model, regime):
                 axis.errorbar(x, y, error, color=colour_of[scheme], fmt="o", markersize=10,
@@ -434,8 +445,8 @@ def draw_step_noise(rows, file):
 
 
 FIGURES = {"regimes_arms.png": (lines_of_arms, "In the paper-like regime no ingredient of SGA "
-                                "clearly lowers an error"),
-           "regimes.png": (lines_of_regimes, "SGA lowers no error in any of four regimes")}
+                                "clearly lowers the mean error"),
+           "regimes.png": (lines_of_regimes, "SGA lowers no mean error in any of four regimes")}
 
 
 def main():

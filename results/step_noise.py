@@ -3,9 +3,10 @@
     python results/step_noise.py                # it goes on where it was stopped
 
 A network is fine-tuned as the baseline. At a few checkpoints its weights are held, and nine ways to
-choose or weigh the views of a step are looked at twice: once through the interaction matrix M of
-all views, and once through the gradients, before clipping, of steps that train.draw_batch draws.
-A row of step_noise.jsonl holds both numbers. The bases are those of results/regimes.py.
+choose a step's views, noise levels and weights are looked at twice: once through the interaction
+matrix M of all views, and once through the gradients, before clipping, of steps that
+train.draw_batch draws. A row of step_noise.jsonl holds both numbers. The bases are those of
+results/regimes.py.
 """
 
 import argparse
@@ -20,6 +21,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
+import flow_matching as fm  # noqa: E402
 import sga  # noqa: E402
 import train  # noqa: E402
 from results import prediction, regimes, study_statistics  # noqa: E402
@@ -43,13 +45,17 @@ def take(run, arm):
 
 
 def square_of_steps(run, number):
-    """(mean, standard error) of |ghat|^2 over the first steps of the plan, none of them taken."""
+    """(mean, standard error) of |ghat|^2 over the first steps of the plan, none of them taken.
+
+    The error counts the steps as independent draws. M is asked about these very steps, and only
+    their noises are by chance, so that the error is too large for that comparison.
+    """
     first = run.settings.pretrain_steps + 1
     trained = [weight for weight in run.model.parameters() if weight.requires_grad]
     squares = []
     for step in range(first, first + number):
         x0, e, t, tokens, a = train.draw_batch(run, step)
-        loss = (a * train.fm.loss(run.model, x0, e, t, tokens)).sum()
+        loss = (a * fm.loss(run.model, x0, e, t, tokens)).sum()
         gradient = torch.autograd.grad(loss, trained)
         squares.append(sum(part.square().sum() for part in gradient))
     squares = torch.stack(squares).double()
@@ -60,7 +66,7 @@ def look(run, scheme, number, repeats):
     """{predicted, measured, its standard error} of one way to choose steps, at the held weights."""
     arm = sga.ARMS[scheme]
     take(run, arm)
-    own, between = prediction.products_of_views(run, arm, repeats)
+    own, between = prediction.own_and_between(run, arm, repeats)
     square, mean_square = prediction.expected_squares(run.plan[:number], own, between)
     # M is that of r = v - u. The training loss |r|^2 / D has 2 / D times the gradient.
     D = 3 * run.settings.pixels**2

@@ -200,7 +200,7 @@ def arrivals(shares):
 
 
 def correlation(runs, *without):
-    """Over runs: between conflict and final error, both relative to the baseline of their seed.
+    """Over runs: of conflict minus, and final error over, that of the baseline of their seed.
 
     Left out are whole, which never sees a close-up, sga-short, which has fewer images, and the
     arms that are named.

@@ -22,7 +22,7 @@ class Adapted(nn.Module):
                                  f"{layer}")
             # A sees what the layer sees; B mixes A's channels at each place.
             self.A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride,
-                               layer.padding, bias=False)
+                               layer.padding, bias=False, padding_mode=layer.padding_mode)
             self.B = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         else:
             self.A = nn.Linear(layer.in_features, rank, bias=False)

@@ -23,7 +23,7 @@ KINDS = {"root view": ("black", "-"), "root level": ("black", "--"), "root": ("b
          "view level": ("#d55e00", "-"), "view": ("#d55e00", "--"),
          "level": ("#cc79a7", "-"), "nothing": ("#56b4e9", "-")}
 SHARED = {"root": "root", "view": "granularity", "level": "noise level", "nothing": "nothing"}
-FINE_TUNING = "optimizer step (line: the fine-tuning begins)"
+STEP_LABEL = "optimizer step (line: the fine-tuning begins)"
 
 
 def file_of(out):
@@ -83,7 +83,7 @@ def draw_captions(captions, images, file):
 # --- Curves ---------------------------------------------------------------------------------------
 
 def draw_curves(log, s, file):
-    """Loss with its floor, and the error of the exact velocity, over the steps of both phases."""
+    """The loss with its floor, and the error |v - u*|^2/D, over the steps of both phases."""
     figure = Figure(figsize=(12, 10), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     steps = [row["step"] for row in log]
@@ -100,7 +100,7 @@ def draw_curves(log, s, file):
         axis.legend(fontsize=17, ncols=3, loc="upper center")
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=18, which="both")
-    below.set_xlabel(FINE_TUNING, fontsize=19)
+    below.set_xlabel(STEP_LABEL, fontsize=19)
     above.set_title("The loss stays above its floor (dotted)", fontsize=20)
     below.set_title("What a better network could still remove", fontsize=20)
     figure.suptitle(f"{s.model}, arm {s.arm}, seed {s.seed}", fontsize=20)
@@ -135,7 +135,7 @@ def draw_probe(rows, s, file):
     for axis in (conflict, cosine, numbers):
         axis.axvline(s.pretrain_steps, color="black", linewidth=0.8)
         axis.grid(alpha=0.3)
-        axis.set_xlabel(FINE_TUNING, fontsize=19)
+        axis.set_xlabel(STEP_LABEL, fontsize=19)
         axis.tick_params(labelsize=19)
     M = torch.as_tensor(rows[-1]["M"])
     shown = draw_matrix(matrix, M, f"M after step {rows[-1]['step']}, as cosines")
@@ -158,7 +158,7 @@ def draw_kinds(axis, rows, measure, title):
 
 
 def draw_numbers(axis, rows):
-    """Three numbers of the whole matrix that have no unit."""
+    """Cross terms, sign agreement beside chance, and the kernel's drift: none has a unit."""
     steps = [row["step"] for row in rows]
     ratio = [row["cross"] / row["trace"] for row in rows]
     axis.plot(steps, ratio, "o-", color="black", label="cross terms / trace (Eq. 13)")

@@ -81,7 +81,7 @@ def test_the_products_and_rates_are_those_of_the_gradients(arm):
     """Eq. 22, 23: adapters, noise levels and weights included."""
     run = begun(arm=arm, rank=2)
     G = gradients_of(run, *prediction.samples_of(run, run.arm, 2, 2)).unflatten(0, (-1, 2))
-    own, between = prediction.products_of_views(run, run.arm, 2)
+    own, between = prediction.own_and_between(run, run.arm, 2)
     scale = own.max()
     assert (own - G.square().sum(2).mean(1)).abs().max() < 1e-4 * scale
     apart = (G[:, 0] * G[:, 1]).sum(1)
@@ -258,7 +258,7 @@ def test_the_scale_is_what_adamw_divides_by():
     """Torch's own step, with a momentum that is made to be a known direction, and no gradient."""
     torch.manual_seed(0)
     weights = [torch.randn(3, 2, requires_grad=True), torch.randn(5, requires_grad=True)]
-    optimizer = torch.optim.AdamW(weights, 0.1, (0.9, ranks.BETA), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, 0.1, (0.9, 0.99), weight_decay=0.0)
     for _ in range(4):
         optimizer.zero_grad()
         sum((weight * torch.randn_like(weight)).sum() for weight in weights).backward()

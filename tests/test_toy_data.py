@@ -287,6 +287,25 @@ def test_a_close_up_shows_nothing_that_its_caption_does_not_name():
     assert (twin - meso[0]).abs().max() > rounding("meso")
 
 
+@pytest.mark.parametrize("pixels", [8, 16, 32])
+def test_a_close_up_of_a_pair_shows_nothing_of_the_second_object(pixels):
+    """Only then is the population of its caption complete, and its exact velocity exact."""
+    shape, other, pair, nuisance = torch.cartesian_prod(
+        torch.arange(4), torch.arange(4), torch.arange(4), torch.arange(18)).T
+    first, second = torch.tensor([(9, 10), (10, 9), (11, 12), (12, 11)])[pair].T
+    zero, one = torch.zeros_like(shape), torch.ones_like(shape)
+    here = torch.stack([shape, zero, zero, first], 1)              # (n, 4)
+    there = torch.stack([other, one, zero, second], 1)             # (n, 4)
+    scenes = toy.Scenes(torch.stack([here, there], 1), zero, toy.NUISANCES[nuisance])
+    # The second object in another shape and colour.
+    changed = torch.stack([(other + 1) % 4, 2 * one, zero, second], 1)
+    others = scenes._replace(objects=torch.stack([here, changed], 1))
+    for granularity in ("meso", "micro"):
+        assert torch.equal(view(scenes, granularity, pixels), view(others, granularity, pixels))
+    different = view(scenes, "macro", pixels) != view(others, "macro", pixels)     # twin
+    assert different.flatten(1).any(1).all()
+
+
 def rounding(granularity, pixels=24):
     """How far float32 may take a view's values off.
 

@@ -73,6 +73,19 @@ def test_every_linear_and_convolution_has_one_adapter(model):
     assert found == wanted
 
 
+def test_the_adapters_of_a_seed_are_the_same_whatever_was_drawn_before(model):
+    def first(seed):
+        network = train.build(settings(model, rank=0))
+        torch.rand(1)
+        adapters.add(network, settings(model, seed=seed))
+        return torch.cat([p.flatten() for p in network.parameters() if p.requires_grad])
+
+    one = first(1)
+    torch.rand(7)
+    assert torch.equal(first(1), one)
+    assert not torch.equal(first(2), one)                              # twin
+
+
 def test_matrix_and_kernel_of_an_adapter_are_exact(model):
     """Eq. 11, 12: the fast routes against one gradient for each sample or output, in float64."""
     run = begun(model, probe=1)
@@ -133,3 +146,15 @@ def test_an_init_with_adapters_is_refused_in_one_sentence(model, tmp_path):
 def test_a_convolution_that_an_adapter_does_not_fit_is_refused(more):
     with pytest.raises(ValueError, match="without groups or dilation"):
         adapters.Adapted(torch.nn.Conv2d(4, 4, 3, **more), 2)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
+def test_a_correction_sees_the_margin_that_its_layer_sees(mode):
+    """With A and B set to the layer's weight and to the identity, the output doubles."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(2, 3, 3, stride=2, padding=1, padding_mode=mode, bias=False)
+    adapted, z = adapters.Adapted(layer, rank=3), torch.randn(4, 2, 6, 6)
+    with torch.no_grad():
+        adapted.A.weight.copy_(layer.weight)
+        adapted.B.weight.copy_(torch.eye(3)[:, :, None, None])
+    assert torch.allclose(adapted(z), 2 * layer(z), atol=1e-6)

@@ -148,6 +148,23 @@ def test_populations_may_differ_from_sample_to_sample():
     assert not near(together, fm.exact_velocity(x, t, points.flip(0)), within=0.1)     # twin
 
 
+def test_each_sample_may_have_weights_of_its_own():
+    """Eq. 4, 7: pi (N, S), against each sample alone with its row (S,)."""
+    points, x, t = rand(5, 2, seed=5), rand(3, 2), noise_levels(3, 0.6)
+    pi = (2 * rand(3, 5, seed=6)).exp()
+
+    def all_that_take(some, pi):
+        some = x[some], t[some], points
+        omega, u_g = fm.group_velocities(*some, [0, 1, 1, 0, 1], pi)
+        return [fm.posterior(*some, pi), fm.exact_velocity(*some, pi), omega, u_g]
+
+    together = all_that_take(slice(None), pi)
+    alone = [all_that_take([i], pi[i]) for i in range(3)]
+    for found, rows, wrong in zip(together, zip(*alone), all_that_take(slice(None), pi.flip(0))):
+        assert near(found, torch.cat(rows), within=NEARLY / t.min())
+        assert not near(wrong, torch.cat(rows), within=1e-2)           # twin: rows of others
+
+
 def test_many_samples_are_solved_a_few_at_a_time():
     """So many that they are split: 300 samples, 18 points, 432 numbers."""
     points, x = rand(18, 3, 12, 12, seed=5), rand(300, 3, 12, 12)

@@ -90,6 +90,17 @@ def test_attention_is_that_of_torch():
     assert not close(dit.attend(q, k, v, 2), reference)           # twin: other heads
 
 
+def test_the_waves_are_as_long_as_it_says():
+    """For a width of 8 they are 2 pi, 20 pi, 200 pi and 2,000 pi; 20,000 pi is never reached."""
+    length = 2 * torch.pi * torch.tensor([1, 10, 100, 1000]).double()
+    for part, sine, cosine in ((1.0, 0, 1), (0.5, 0, -1), (0.25, 1, 0)):
+        waves = dit.sinusoid(part * length, 8)          # (4, 8)
+        sines, cosines = waves[:, :4].diagonal(), waves[:, 4:].diagonal()
+        assert (sines - sine).abs().max() < 1e-5 and (cosines - cosine).abs().max() < 1e-5
+    longer = dit.sinusoid(1.1 * length, 8)[:, :4].diagonal()
+    assert longer.min() > 0.5                           # twin
+
+
 def read(module):
     return Path(module.__file__).read_text(encoding="utf-8")
 
@@ -121,6 +132,16 @@ def test_the_velocity_starts_at_zero_and_has_the_shape_of_x(name, batch):
     x, t, tokens = batch
     velocity = NETWORKS[name]().double()(x, t, tokens)
     assert velocity.shape == x.shape and not velocity.any()
+
+
+def test_blocks_start_as_the_identity():
+    """adaLN-zero, and zero() of the U-Net."""
+    torch.manual_seed(0)
+    words, condition = torch.randn(3, 5, 8), torch.randn(3, 8)
+    for part, shape in ((dit.Block(8, 2), (3, 4, 8)), (unet.Level(8, 8, 8, 2), (3, 8, 2, 2))):
+        x = torch.randn(shape)
+        assert torch.equal(part(x, words, condition), x)
+        assert (woken(part)(x, words, condition) - x).abs().max() > 0.1   # twin
 
 
 def test_a_sample_does_not_depend_on_its_batch(model, batch):
@@ -159,6 +180,60 @@ def test_every_weight_has_a_say(model, batch):
               if weight.grad is None or weight.grad.abs().max() < 1e-12]
     # A norm or a softmax may undo a bias.
     assert not [name for name in silent if not name.endswith("bias")], silent
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+def test_a_patch_knows_its_row_and_its_column(batch, axis):
+    """Without positions, patches that trade places do no more than that."""
+    torch.manual_seed(0)
+    model = woken(small_dit().double())
+    x, t, tokens = batch
+
+    def trade(z):
+        """The 2 x 2 patches change their rows, or their columns."""
+        return z.roll(4, axis)
+
+    assert (largest(trade(model(x, t, tokens)) - model(trade(x), t, tokens)) > 1e-3).all()
+
+    def nowhere(x):
+        return 0.0
+
+    model.positions = nowhere                           # twin
+    assert close(trade(model(x, t, tokens)), model(trade(x), t, tokens))
+
+
+def test_words_reach_the_image_one_by_one():
+    """By attention, while the condition stays: a set of words, each of which counts."""
+    torch.manual_seed(0)
+    words, condition = torch.randn(3, 5, 8).double(), torch.randn(3, 8).double()
+    other = words.clone()
+    other[1, 2] = torch.randn(8)
+    for part, shape in ((dit.Block(8, 2), (3, 4, 8)), (unet.Level(8, 8, 8, 2), (3, 8, 2, 2))):
+        part, x = woken(part.double()), torch.randn(shape).double()
+        seen = part(x, words, condition)
+        change = (part(x, other, condition) - seen).flatten(1).abs().amax(1)
+        assert change[1] > 1e-3 and change[0] == change[2] == 0
+        assert close(part(x, words.flip(1), condition), seen)
+
+
+@pytest.mark.parametrize("cut, kept, lost", [("grow_1", "down_1", "down_2"),
+                                             ("grow_2", "down_2", "middle_1")])
+def test_what_a_level_gave_on_the_way_down_is_used_on_the_way_up(batch, cut, kept, lost):
+    """Where nothing comes from the coarser grid, the level beside it still has a say."""
+    torch.manual_seed(0)
+    model = woken(small_unet().double())
+    for weight in getattr(model, cut).parameters():
+        nn.init.zeros_(weight)
+    model(*batch).square().sum().backward()
+
+    def say(level):
+        return max(weight.grad.abs().max() for weight in getattr(model, level).parameters())
+
+    assert say(kept) > 1e-3
+    if cut == "grow_2":
+        assert say(lost) == 0                           # twin
+    else:
+        assert say("up_2") == 0
 
 
 def test_near_times_are_told_apart(model, batch):

@@ -859,6 +859,29 @@ def test_a_wrong_matrix_refuses_itself(case, fault, monkeypatch):
         ntk.fast_interaction_matrix(case.model, case.inputs, case.r)
 
 
+@pytest.mark.parametrize("fault", SPOILED)
+def test_a_wrong_matrix_between_two_batches_refuses_itself(case, fault, monkeypatch):
+    """Eq. 22: the proof of a rectangular M."""
+    few = tuple(z[1:] for z in case.inputs)
+    arguments = case.model, case.inputs, case.r, (few, case.r[1:])
+    ntk.fast_interaction_matrix(*arguments)            # twin: without the fault
+    which, spoil = SPOILED[fault]
+    original = getattr(ntk, which)
+    monkeypatch.setattr(ntk, which, lambda *a, **k: spoil(original(*a, **k)))
+    with pytest.raises(ValueError, match="for random weights s its share of s.T M s' is"):
+        ntk.fast_interaction_matrix(*arguments)
+
+
+def test_columns_that_depend_on_each_other_are_refused_beside_a_single_row():
+    """One row has no other to depend on, and a mean that is detached has no gradient."""
+    torch.manual_seed(1)
+    model = Of(lambda m, x: m.a(x) - m.a(x).mean(0).detach(), a=linear()).double()
+    x, r = torch.randn(5, 3).double(), torch.randn(5, 3).double()
+    ntk.fast_interaction_matrix(model, (x[:1],), r[:1])                # twin: no second sample
+    with pytest.raises(ValueError, match="the samples depend on each other"):
+        ntk.fast_interaction_matrix(model, (x[:1],), r[:1], ((x,), r))
+
+
 def test_a_wrong_kernel_refuses_itself(monkeypatch):
     case = Case("foreign")
     original = ntk._add_share
@@ -958,6 +981,26 @@ def test_an_answer_that_is_no_batch_of_vectors_is_named(forward, output, words):
             call(f, params, (x,), x)
     with pytest.raises(ValueError, match=words):
         ntk.ntk_blocks(f, params, (x,))
+
+
+@pytest.mark.parametrize("pattern", ["BatchNorm in training", "BatchNorm without statistics",
+                                     "spectral_norm in training", "a mask on a gradient",
+                                     "pruned", "old weight_norm", "compiled"])
+def test_a_module_whose_samples_have_no_gradient_becomes_no_function(pattern):
+    """What the fast route refuses of a module itself, so does the clear route's of_module."""
+    make, words = REFUSED[pattern]
+    with pytest.raises(ValueError, match=words):
+        ntk.of_module(make())
+
+
+def test_without_that_refusal_the_clear_route_would_be_wrong_without_a_word(monkeypatch):
+    """Twin: BatchNorm in training has other statistics for one image than for five."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)).double()
+    x = torch.randn(5, 2, 4, 4).double()
+    monkeypatch.setattr(ntk, "_require_separate_samples", lambda model: None)
+    f, params = ntk.of_module(model)
+    assert not close(torch.stack([f(params, one) for one in x]), model(x), 0.1)
 
 
 def test_a_product_with_the_kernel_says_when_the_way_forward_is_another():
@@ -1198,6 +1241,27 @@ def test_frozen_residuals_never_grow():
         assert ntk.frozen_residuals(K, r, tau).norm() <= allowed
 
 
+@pytest.mark.parametrize("s", [0.5, 2.0])
+def test_the_drift_of_a_kernel_that_grows_is_known(s):
+    """Eq. 16: f = (W x)^3 has J ~ W^2, so that with s W the kernel is s^4 K(0)."""
+    torch.manual_seed(0)
+    x, W = torch.randn(4, 3).double(), torch.randn(2, 3).double()
+
+    def f(params, x):
+        return (params["W"] @ x) ** 3
+
+    for kernel in (ntk.ntk_blocks, ntk.ntk_trace):
+        start, K = kernel(f, {"W": W}, (x,)), kernel(f, {"W": s * W}, (x,))
+        assert close(ntk.kernel_drift(K, start), torch.tensor(abs(s**4 - 1)).double())
+        # Twin: measured by the end.
+        assert not close(ntk.kernel_drift(start, K), ntk.kernel_drift(K, start), 0.1)
+    # Frobenius: 36 ones have the length 6, and one of them moves by 3.
+    start = torch.ones(2, 2, 3, 3).double()
+    K = start.clone()
+    K[0, 1, 2, 0] += 3
+    assert ntk.kernel_drift(K, start).item() == pytest.approx(3 / 6)
+
+
 def test_conflicts_cosines_and_signs_of_known_gradients():
     """Eq. 17, where the answer can be seen."""
     G = torch.tensor([[1.0, 0], [2, 0], [-3, 0], [0, 1]], dtype=torch.float64)
@@ -1215,10 +1279,18 @@ def test_conflicts_cosines_and_signs_of_known_gradients():
     assert ntk.sign_agreement(M, other)[0] == pytest.approx(4 / 6)
 
 
+def test_a_gradient_that_is_zero_has_no_cosine():
+    G = torch.tensor([[2.0, 0], [0, 0], [1, 1]]).double()
+    found = ntk.cosines(G @ G.T)
+    assert found.isnan().tolist() == [[False, True, False], [True] * 3, [False, True, False]]
+    assert found[0, 2].item() == pytest.approx(1 / math.sqrt(2))
+
+
 def test_agreement_by_chance_is_that_of_signs_which_meet_at_random():
     """Every sign of one kind with every sign of the other."""
     generator = torch.Generator().manual_seed(0)
     g, r = torch.randn(7, 4, generator=generator) + 0.4, torch.randn(7, 3, generator=generator)
+    r[6] = 0                                                           # has no sign with any other
     i, j = torch.triu_indices(7, 7, 1)
     of_gradients, of_outputs = (g @ g.T)[i, j].sign(), (r @ r.T)[i, j].sign()
     agreement, by_chance = ntk.sign_agreement(g @ g.T, r)
@@ -1350,13 +1422,14 @@ def test_the_demo_prints_what_the_readme_says_of_the_frozen_kernel(capsys):
     squared = float(numbers.split("|grad L|^2 = ")[1].split()[0])
     assert own + cross == pytest.approx(squared, abs=0.2)
 
-    shares = re.findall(r"(\S+)% of the loss is left, a frozen kernel says (\S+)%;", printed)
-    early, early_frozen = map(float, shares[0])
-    late, late_frozen = map(float, shares[1])
+    shares = re.findall(r"(\S+)% of the loss is left, a frozen kernel says (\S+)%; K has moved by "
+                        r"(\S+)%", printed)
+    early, early_frozen, early_drift = map(float, shares[0])
+    late, late_frozen, late_drift = map(float, shares[1])
     assert abs(early_frozen - early) < 1.5
     assert late_frozen - late > 5
     page = (Path(ntk.__file__).parent / "README.md").read_text(encoding="utf-8")
-    said = re.search(r"predicts that (\d+)% of the loss is left, and (\d+)% is; at 99% it "
-                     r"predicts (\d+)%, and (\d+)% is", page)
-    measured = (early_frozen, early, late_frozen, late)
+    said = re.search(r"At a drift of (\d+)% it predicts that (\d+)% of the loss is left, and "
+                     r"(\d+)% is; at (\d+)% it predicts (\d+)%, and (\d+)% is", page)
+    measured = (early_drift, early_frozen, early, late_drift, late_frozen, late)
     assert [float(share) for share in said.groups()] == pytest.approx(measured, abs=1.5)

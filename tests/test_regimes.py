@@ -113,6 +113,23 @@ def test_the_arm_decides_the_noise_levels_and_weights_of_a_prediction():
     assert weight.min() < 0.9 and weight.max() == 1
 
 
+def test_a_prediction_mixes_offsets_and_drops_captions_as_the_arm_does():
+    """Eq. 19: the medians sigmoid(mu), or for "global" one and the same for all views."""
+    run = begun(roots=12)
+
+    def drawn(arm):
+        (_, t, tokens), _, _ = prediction.samples_of(run, sga.method(arm, "dit"), 100, 2)
+        granularity = run.granularity.repeat_interleave(100)
+        medians = [t[granularity == index].median().item() for index in range(3)]
+        return medians, (tokens == 0).all(1).float().mean().item()
+
+    medians, null = drawn("offsets")
+    assert medians == pytest.approx([0.622, 0.5, 0.378], abs=0.04)
+    assert null == pytest.approx(run.settings.caption_dropout, abs=0.03)
+    mixed, _ = drawn("global")
+    assert max(mixed) - min(mixed) < 0.1 < max(medians) - min(medians)
+
+
 def test_the_square_of_drawn_steps_is_the_predicted_one():
     """Eq. 23: the gradients of the steps that training would take, against M."""
     run = begun(rank=2, tuples=1, finetune_steps=150)
@@ -163,6 +180,47 @@ def test_all_yardsticks_are_numbers_in_their_range():
         assert shares["joint"] <= min(shares.values()) + 1e-9
 
 
+def test_the_thirds_go_from_data_to_noise():
+    """A velocity t in place of u* = 0 has the error t^2: its mean over each third of [0, 1]."""
+    run = begun(eval_images=60)
+    for view in yardsticks.VIEWS:
+        x0, e, t, tokens, u_star = yardsticks.training_set(run, view, run.settings)
+
+        def network(x, t, tokens):
+            return t[:, None, None, None].expand_as(x)
+
+        held = x0, e, t, tokens, torch.zeros_like(u_star)
+        errors = yardsticks.errors_by_third(network, held, run.settings)
+        # The integral of t^2 over a third of [0, 1], times 3.
+        assert errors == pytest.approx([1 / 27, 7 / 27, 19 / 27], abs=1e-3)
+
+
+def test_each_yardstick_is_of_the_split_and_the_guidance_that_it_names(monkeypatch):
+    run, seen = begun(), {}
+
+    def no_network(network, tokens, s, generator):
+        seen.setdefault(s.guidance, []).append({tuple(caption) for caption in tokens.tolist()})
+        return torch.zeros(len(tokens), 3, s.pixels, s.pixels)
+
+    def one_value(network, held, s):
+        return {tuple(caption) for caption in held[3].tolist()}
+
+    monkeypatch.setattr(report, "sample_images", no_network)
+    monkeypatch.setattr(yardsticks, "errors_by_third", one_value)
+    found = yardsticks.measure(run, run.settings)
+    own = {}
+    for index, view in enumerate(yardsticks.VIEWS):
+        _, words = toy_data.views(run.roots.take(run.root[run.granularity == index]), view, 8)
+        own[view] = {tuple(caption) for caption in words.tolist()}
+        assert found["fit"][view] <= own[view]
+    macro = own["macro"]
+    assert found["generalisation"]["seen macro"] <= macro
+    assert not found["generalisation"]["held_out macro"] & macro
+    assert list(seen) == list(yardsticks.GUIDANCE)
+    for of_scale in seen.values():                      # three views, seen and held out by turns
+        assert of_scale[0] <= macro and not of_scale[1] & macro
+
+
 # --- The bookkeeping ------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -196,6 +254,14 @@ def test_a_regime_decides_its_settings_and_all_see_as_many_tuples(tiny_study, re
     trained = sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad)
     all_weights = sum(weight.numel() for weight in run.model.parameters())
     assert (trained == all_weights) == (s.rank == 0)
+
+
+def test_only_a_short_arm_sees_two_thirds_of_the_tuples(tiny_study):
+    for arm, tuples in {"sga": 24, "baseline": 24, "sga-short": 16}.items():
+        for regime in regimes.REGIMES:
+            s = tiny_study.settings_of(regime, "dit", arm, 1, 1e-3)
+            assert s.finetune_steps * s.tuples == tuples
+            assert s.every == 24 // s.tuples // 3
 
 
 def test_a_run_has_a_row_with_all_that_was_measured_and_is_repeatable(tiny_study):

@@ -63,6 +63,18 @@ def test_views_show_their_boxes_and_say_their_granularity():
         assert (view[0, 10, 2:-2] - middles[2:-2]).abs().max() < 0.51
 
 
+def test_views_show_their_boxes_from_top_to_bottom_too():
+    """A second route: rows and columns exchanged, in the image and in its boxes."""
+    boxes = {"meso": (20, 4, 50, 36), "micro": (30, 10, 40, 22)}
+    turned = {name: (y0, x0, y1, x1) for name, (x0, y0, x1, y1) in boxes.items()}
+    views = sga.decompose(image(), boxes, "x", 20)
+    of_turned = sga.decompose(image().mT, turned, "x", 20)
+    assert len(views) == len(of_turned) == 3
+    for (_, view, _), (_, other, _) in zip(views, of_turned):
+        assert near(other.mT, view, FLOAT32)
+        assert not near(other, view, 0.1)                              # twin: not turned
+
+
 @pytest.mark.parametrize("boxes, kept", [
     ({}, [0]),
     ({"meso": (0, 0, 58, 40)}, [0]),                                   # nearly the root: IoU .97
@@ -73,6 +85,16 @@ def test_views_show_their_boxes_and_say_their_granularity():
 ])
 def test_boxes_that_repeat_or_are_too_small_are_dropped_and_the_root_is_kept(boxes, kept):
     assert granularities(boxes, smallest=4) == kept
+
+
+def test_the_limits_of_a_box_are_those_of_its_docstring():
+    """IoU above 0.8, sides below 8 pixels; a limit itself is allowed."""
+    assert granularities({"meso": (0, 0, 47, 40)}) == [0, 1]           # 47 of 60 columns: 0.78
+    assert granularities({"meso": (0, 0, 49, 40)}) == [0]              # 0.82
+    assert granularities({"meso": (0, 0, 30, 40)}, largest_iou=0.5) == [0, 1]
+    assert granularities({"meso": (0, 0, 30, 40)}, largest_iou=0.499) == [0]
+    assert granularities({"meso": (0, 0, 8, 40)}) == [0, 1]
+    assert granularities({"meso": (0, 0, 7, 40)}) == [0]
 
 
 def test_the_enlargement_has_a_limit():
@@ -100,6 +122,12 @@ def test_the_enlargement_has_a_limit():
 def test_bad_boxes_are_named(boxes, word):
     with pytest.raises(ValueError, match=word):
         granularities(boxes)
+
+
+@pytest.mark.parametrize("y0, y1", [(0, 41), (-1, 9), (9, 9)])
+def test_a_box_above_or_below_the_image_is_named(y0, y1):
+    with pytest.raises(ValueError, match="is empty or reaches outside the image of 60 x 40"):
+        granularities({"meso": (0, y0, 9, y1)})
 
 
 def test_bad_images_and_sizes_are_named():
@@ -687,6 +715,17 @@ def test_measured_offsets_lean_to_where_the_gradients_agree():
     assert near(measured, expected, FLOAT32)
 
 
+def test_a_granularity_that_helps_nowhere_or_has_no_samples_has_the_offset_0():
+    """One parameter: the granularity 0 helps at 0.8, 1 hurts at every level, 2 is absent."""
+    granularity = torch.tensor([0, 0, 1, 1])
+    t = torch.tensor([0.2, 0.8, 0.2, 0.8]).double()
+    g = torch.tensor([-1.0, 9.0, -1.0, -2.0]).double()                 # their mean is above 0
+    mu = sga.measured_offsets(g[:, None] * g, granularity, t)
+    assert near(mu, torch.tensor([math.log(4), 0.0, 0.0]).double(), FLOAT32)
+    mu = sga.measured_offsets(g[:, None] * g, 1 - granularity, t)      # twin: exchanged
+    assert near(mu, torch.tensor([0.0, math.log(4), 0.0]).double(), FLOAT32)
+
+
 def test_measured_offsets_of_what_does_not_fit_are_refused():
     granularity, t = levels_of()
     M = torch.eye(36, dtype=torch.float64)
@@ -852,6 +891,10 @@ def test_a_view_is_a_root_at_a_granularity_and_small_objects_have_no_micro_view(
     for sizes, smallest in (([0.3, math.nan], 0.2), ([0.3], math.nan), ([[0.3]], 0.2), (0.3, 0.2)):
         with pytest.raises(ValueError, match="sizes must be"):
             sga.all_views(torch.tensor(sizes), smallest)
+
+
+def test_an_object_of_the_smallest_size_has_a_micro_view():
+    assert sga.all_views(torch.tensor([0.25, 0.125]), 0.25)[1].tolist() == [0, 1, 2, 0, 1]
 
 
 def test_a_root_without_a_whole_scene_has_none_to_show():

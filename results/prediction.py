@@ -90,8 +90,8 @@ def rates_by_view(run, arm, steps, repeats):
     for views, weights in steps:
         a.index_add_(0, views.cpu(), weights.double().cpu() / len(steps))
     # The plain loss is that of the baseline's noise levels. Its noises are others.
-    rows = samples_of(run, sga.ARMS["baseline"], repeats, 4)
-    M = ntk.fast_interaction_matrix(run.model, rows[0], rows[1], columns=(inputs, r))
+    seen, r_seen, _ = samples_of(run, sga.ARMS["baseline"], repeats, 4)
+    M = report.interaction_matrix_of(run.model, seen, r_seen, columns=(inputs, r))
     M = M * weight                                                 # (N, N) rows evaluated
     by_view = M.view(V, repeats, V, repeats).mean((1, 3)).double().cpu()
     rates = {}

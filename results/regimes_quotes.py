@@ -241,7 +241,7 @@ def schemes_outside(noises):
     """The arms of the noises that lie outside of their bars, as they are listed on the page."""
     outside = set()
     for _, scheme, predicted, measured, bar in regimes_report.noises_over_the_baselines(noises):
-        if abs(predicted - measured) > bar:
+        if is_outside(predicted, measured, bar):
             outside.add(scheme)
     return ", ".join(f"`{scheme}`" for scheme in sorted(outside))
 
@@ -271,10 +271,14 @@ def compare(triples):
     """The relative errors in their order, and how many lie outside of their bars."""
     errors, outside = [], 0
     for predicted, measured, bar in triples:
-        gap = abs(predicted - measured)
-        errors.append(gap / measured)
-        outside += gap > bar
+        errors.append(abs(predicted - measured) / measured)
+        outside += is_outside(predicted, measured, bar)
     return sorted(errors), outside
+
+
+def is_outside(predicted, measured, bar):
+    """Whether a prediction lies farther from what was measured than its bar reaches."""
+    return abs(predicted - measured) > bar
 
 
 def largest_uncertainty(noises):

@@ -14,14 +14,11 @@ from results.study_statistics import (
     MODELS, VIEWS, conflict, curve, mean_interval, of_arm, paired, relative, select, view_error)
 from support.pictures import KINDS, VIEW_COLOURS
 
-# An arm's colour and marker, told apart by colour-blind readers.
+# The arms whose curves are drawn: colour and marker, told apart by colour-blind readers.
 STYLES = {
-    "sga": ("black", "o"), "baseline": ("grey", "o"), "big": ("silver", "o"),
-    "tuple": ("#d55e00", "o"), "tuple_max": ("#d55e00", "^"),
-    "stratified": ("#56b4e9", "o"), "random": ("#56b4e9", "^"),
-    "offsets": ("#cc79a7", "o"), "flipped": ("#0072b2", "v"), "global": ("#009e73", "s"),
-    "min_snr": ("#882255", "o")}
-
+    "sga": ("black", "o"), "min_snr": ("#882255", "o"),
+    "offsets": ("#cc79a7", "o"), "flipped": ("#0072b2", "v"),
+    "tuple": ("#d55e00", "o"), "tuple_max": ("#d55e00", "^")}
 
 # The arms by what they change: their names, a colour and a marker.
 FAMILIES = {
@@ -48,9 +45,8 @@ def curves(rows):
     figure, panels = two_panels("SGA is above the baseline's error at every checkpoint")
     for model, axis in panels.items():
         runs, _ = select(rows, 0, model)
-        for arm in ("sga", "min_snr", "offsets", "flipped", "tuple", "tuple_max"):
+        for arm, (colour, marker) in STYLES.items():
             images, ratios = mean_ratios(runs, arm)
-            colour, marker = STYLES[arm]
             width = 3 if arm == "sga" else 1.5
             axis.plot(images, ratios, color=colour, marker=marker, linewidth=width, label=arm)
         axis.axhline(1, color="grey", linewidth=2)
@@ -129,7 +125,7 @@ def who_conflicts(rows):
 def conflict_and_error(rows):
     """Every run: conflict and final error, both against the baseline of its seed."""
     figure, panels = two_panels("Less conflict does not go with a smaller error\n"
-                                "(both minus the baseline's)")
+                                "(both against the baseline's)")
     for model, axis in panels.items():
         runs, _ = select(rows, 0, model)
         for family, (arms, colour, marker) in FAMILIES.items():

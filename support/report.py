@@ -197,17 +197,25 @@ def residuals_of(model, inputs, u):
     return torch.cat([model(*some) for some in some_at_a_time]) - u
 
 
-def interaction_matrix_of(model, inputs, vectors):
+def interaction_matrix_of(model, inputs, vectors, columns=None):
     """(N, N) M of a batch, in float64 where float32 has too few digits for it (Eq. 12).
 
-    That happens if weights have become very large. ntk.py then refuses M, which must not end a run.
+    With columns = (inputs, vectors) of a second batch it is (N, N2), as in ntk.py (Eq. 22). Digits
+    are too few if weights have become very large. ntk.py then refuses M, which must not end a run.
     """
     try:
-        return ntk.fast_interaction_matrix(model, inputs, vectors)
+        return ntk.fast_interaction_matrix(model, inputs, vectors, columns)
     except ValueError:
-        inputs = tuple(z.double() if z.is_floating_point() else z for z in inputs)
-        M = ntk.fast_interaction_matrix(copy.deepcopy(model).double(), inputs, vectors.double())
+        wide = copy.deepcopy(model).double()
+        if columns:
+            columns = in_float64(columns[0]), columns[1].double()
+        M = ntk.fast_interaction_matrix(wide, in_float64(inputs), vectors.double(), columns)
         return M.to(vectors.dtype)
+
+
+def in_float64(inputs):
+    """Images and noise levels in float64; tokens stay whole numbers."""
+    return tuple(z.double() if z.is_floating_point() else z for z in inputs)
 
 
 def probe_row(model, batch, before):

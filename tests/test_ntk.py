@@ -846,13 +846,18 @@ SPOILED = {
 }
 
 
+def plant(fault, monkeypatch):
+    """Spoils what a part of the fast route gives."""
+    which, spoil = SPOILED[fault]
+    original = getattr(ntk, which)
+    monkeypatch.setattr(ntk, which, lambda *a, **k: spoil(original(*a, **k)))
+
+
 @pytest.mark.parametrize("fault", SPOILED)
 def test_a_wrong_matrix_refuses_itself(case, fault, monkeypatch):
     """Twins of the fast route: every fault is wrong without the proof and noticed with it."""
     G = torch.einsum("idp,id->ip", case.J, case.r.flatten(1))
-    which, spoil = SPOILED[fault]
-    original = getattr(ntk, which)
-    monkeypatch.setattr(ntk, which, lambda *a, **k: spoil(original(*a, **k)))
+    plant(fault, monkeypatch)
     wrong = ntk.fast_interaction_matrix(case.model, case.inputs, case.r, check=False)
     assert not close(wrong, G @ G.T, 1e-4)
     with pytest.raises(ValueError, match="for random weights s its share of s.T M s is"):
@@ -865,9 +870,7 @@ def test_a_wrong_matrix_between_two_batches_refuses_itself(case, fault, monkeypa
     few = tuple(z[1:] for z in case.inputs)
     arguments = case.model, case.inputs, case.r, (few, case.r[1:])
     ntk.fast_interaction_matrix(*arguments)            # twin: without the fault
-    which, spoil = SPOILED[fault]
-    original = getattr(ntk, which)
-    monkeypatch.setattr(ntk, which, lambda *a, **k: spoil(original(*a, **k)))
+    plant(fault, monkeypatch)
     with pytest.raises(ValueError, match="for random weights s its share of s.T M s' is"):
         ntk.fast_interaction_matrix(*arguments)
 

@@ -1056,19 +1056,23 @@ def test_the_loss_of_the_log_is_a_running_mean_of_the_steps_losses(tmp_path, mon
 def test_a_probe_goes_on_in_float64_where_float32_has_too_few_digits(monkeypatch):
     torch.manual_seed(0)
     layer, x, r = torch.nn.Linear(4, 2), torch.randn(3, 4), torch.randn(3, 2)
+    second = (torch.randn(5, 4),), torch.randn(5, 2)
     M = report.interaction_matrix_of(layer, (x,), r)
+    between = report.interaction_matrix_of(layer, (x,), r, second)     # (3, 5)
     original, refused = ntk.fast_interaction_matrix, []
 
-    def only_in_float64(model, inputs, vectors):
+    def only_in_float64(model, inputs, vectors, columns):
         if vectors.dtype == torch.float32:
             refused.append(vectors)
             raise ValueError("too few digits")
-        return original(model, inputs, vectors)
+        return original(model, inputs, vectors, columns)
 
     monkeypatch.setattr(ntk, "fast_interaction_matrix", only_in_float64)
     again = report.interaction_matrix_of(layer, (x,), r)
     assert refused and again.dtype == layer.weight.dtype == torch.float32
     assert torch.allclose(again, M, rtol=1e-5)
+    again = report.interaction_matrix_of(layer, (x,), r, second)
+    assert torch.allclose(again, between, rtol=1e-5) and again.shape == (3, 5)
 
 
 def test_a_probe_changes_nothing_of_a_run(tmp_path, finished, only_training):
